@@ -1,0 +1,3 @@
+module bauta.dev/bauta
+
+go 1.26.0

@@ -1,0 +1,163 @@
+package policy
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+)
+
+// MaxPrefixes bounds the ip-masq-agent list, per family (section 5).
+const MaxPrefixes = 65536
+
+// Build checks in and returns the policy for it. in must not be changed afterwards.
+// The error names the list and the value at fault.
+func Build(in Input) (*Policy, error) {
+	if in.RemoteNodes == "" {
+		in.RemoteNodes = RemoteNone
+	}
+	if in.UnknownProtocols == "" {
+		in.UnknownProtocols = UnknownMasquerade
+	}
+	if in.Timeouts == (Timeouts{}) {
+		in.Timeouts = DefaultTimeouts
+	}
+	p := &Policy{in: in}
+	if err := p.check(); err != nil {
+		return nil, err
+	}
+	p.indexSources()
+	p.indexDestinations()
+	return p, nil
+}
+
+func (p *Policy) check() error {
+	for list, rules := range map[string][]Rule{
+		"source range": p.in.Sources, "native-routing CIDR": p.in.Native,
+		"non-masquerade CIDR": p.in.NonMasq, "pod range": p.in.Pods,
+	} {
+		for _, r := range rules {
+			if !r.Prefix.IsValid() || r.Prefix != r.Prefix.Masked() || r.Prefix.Addr().Is4In6() {
+				return fmt.Errorf("%s %q (%s): not a canonical prefix", list, r.Prefix, r.Origin)
+			}
+		}
+	}
+	var count [2]int
+	for _, r := range p.in.NonMasq {
+		count[family(r.Prefix.Addr())]++
+	}
+	if n := max(count[0], count[1]); n > MaxPrefixes {
+		return fmt.Errorf("non-masquerade list: %d prefixes in one family, the limit is %d", n, MaxPrefixes)
+	}
+	for _, n := range p.in.Nodes {
+		if !n.Addr.IsValid() || n.Addr.Is4In6() || n.Addr.Zone() != "" {
+			return fmt.Errorf("node %s: bad address %q", n.Node, n.Addr)
+		}
+	}
+	if len(p.in.Devices) > 0 && len(p.in.Ports) == 0 {
+		return errors.New("no external port is left: snat-port-range minus node-port-range and reserved ports is empty")
+	}
+	if !slices.IsSorted(p.in.Ports) {
+		return errors.New("ports are not in ascending order")
+	}
+	return nil
+}
+
+func (p *Policy) indexSources() {
+	for _, a := range p.in.HostAddrs {
+		a = a.WithZone("")
+		p.sources = append(p.sources, Source{netip.PrefixFrom(a, a.BitLen()), PassHost})
+	}
+	for _, r := range p.in.Sources {
+		p.sources = append(p.sources, Source{r.Prefix, Continue})
+	}
+	// An address of the node comes before a range of the same length (line 2 before 3).
+	slices.SortStableFunc(p.sources, func(a, b Source) int {
+		return cmp.Or(ComparePrefixes(a.Prefix, b.Prefix), -cmp.Compare(a.Outcome, b.Outcome))
+	})
+	p.sources = slices.CompactFunc(p.sources, func(a, b Source) bool { return a.Prefix == b.Prefix })
+	prefixes := make([]netip.Prefix, len(p.sources))
+	for i, s := range p.sources {
+		prefixes[i] = s.Prefix
+	}
+	p.srcIndex = newIndex(prefixes, func(i int) int { return i })
+}
+
+// indexDestinations merges the lists of lines 4 to 8 into one longest-prefix
+// table. The contract takes the first line that matches, a trie the longest
+// prefix: so each entry carries the first line among all entries that contain
+// it. An address then finds the first line among everything that contains it.
+func (p *Policy) indexDestinations() {
+	var rules [lines][]Rule
+	for _, q := range always {
+		rules[lineMulticast] = append(rules[lineMulticast], Rule{q, "default"})
+	}
+	for _, d := range p.in.Devices {
+		for _, a := range d.Broadcasts {
+			rules[lineMulticast] = append(rules[lineMulticast], Rule{netip.PrefixFrom(a, a.BitLen()), "device " + d.Name})
+		}
+	}
+	rules[lineNative] = p.in.Native
+	rules[lineNonMasq] = p.in.NonMasq
+	rules[linePod] = p.in.Pods
+
+	listed := make(map[netip.Prefix]Listed)
+	for _, n := range p.in.Nodes {
+		q := netip.PrefixFrom(n.Addr, n.Addr.BitLen())
+		listed[q] |= ListedNode
+		if p.exemptNode(n) {
+			rules[lineNode] = append(rules[lineNode], Rule{q, n.Origin})
+		}
+	}
+	for line, flag := range [lines]Listed{lineNative: ListedNative, lineNonMasq: ListedNonMasq, linePod: ListedPod} {
+		prefixes := make([]netip.Prefix, len(rules[line]))
+		for i, r := range rules[line] {
+			prefixes[i] = r.Prefix
+			listed[r.Prefix] |= flag
+		}
+		p.byLine[line] = newIndex(prefixes, func(i int) Rule { return rules[line][i] })
+	}
+	p.destinations = make([]Destination, 0, len(listed))
+	for q, l := range listed {
+		p.destinations = append(p.destinations, Destination{Prefix: q, Outcome: p.firstLine(q), Listed: l})
+	}
+	slices.SortFunc(p.destinations, func(a, b Destination) int { return ComparePrefixes(a.Prefix, b.Prefix) })
+}
+
+// exemptNode tells whether line 8 passes packets to n. An address that is listed
+// as internal too counts as internal.
+func (p *Policy) exemptNode(n NodeAddr) bool {
+	switch p.in.RemoteNodes {
+	case RemoteAll:
+		return false
+	case RemoteExternal:
+		return n.Type != ExternalIP
+	}
+	return true
+}
+
+// firstLine is the outcome of the first line with an entry that contains all of q.
+func (p *Policy) firstLine(q netip.Prefix) Outcome {
+	for line := range p.byLine {
+		if _, _, ok := p.byLine[line].covering(q); ok {
+			return lineOutcome[line]
+		}
+	}
+	return Continue
+}
+
+// ComparePrefixes is the order of every list of prefixes that users see: IPv4
+// before IPv6, ascending by address, then by length.
+func ComparePrefixes(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+// Input returns what the policy was built from; the caller must not change it.
+func (p *Policy) Input() Input { return p.in }
+
+// Sources is the longest-prefix table by source, sorted.
+func (p *Policy) Sources() []Source { return p.sources }
+
+// Destinations is the longest-prefix table by destination, sorted.
+func (p *Policy) Destinations() []Destination { return p.destinations }
