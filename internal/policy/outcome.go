@@ -11,19 +11,20 @@ const (
 	// Continue is no outcome yet: the next stage decides.
 	Continue Outcome = 0
 
-	PassNotIP     Outcome = 1
-	PassDisabled  Outcome = 2
-	PassHost      Outcome = 3
-	PassSource    Outcome = 4
-	PassMulticast Outcome = 5
-	PassNative    Outcome = 6
-	PassNonMasq   Outcome = 7
-	PassPod       Outcome = 8
-	PassNode      Outcome = 9
-	PassInbound   Outcome = 10
-	PassProtocol  Outcome = 11
-	PassDevice    Outcome = 12
-	PassNoMapping Outcome = 13
+	PassNotIP       Outcome = 1
+	PassDisabled    Outcome = 2
+	PassHost        Outcome = 3
+	PassSource      Outcome = 4
+	PassMulticast   Outcome = 5
+	PassNative      Outcome = 6
+	PassNonMasq     Outcome = 7
+	PassPod         Outcome = 8
+	PassNode        Outcome = 9
+	PassInbound     Outcome = 10
+	PassProtocol    Outcome = 11
+	PassDevice      Outcome = 12
+	PassNoMapping   Outcome = 13
+	PassInboundFull Outcome = 14
 
 	MasqNew      Outcome = 32
 	MasqKnown    Outcome = 33
@@ -88,6 +89,7 @@ var outcomes = []OutcomeInfo{
 	{PassProtocol, "pass-protocol", "a protocol without ports, and unknown-protocols is pass", "set unknown-protocols to masquerade or drop"},
 	{PassDevice, "pass-device", "the device is attached but no longer a masquerade device", "add it to devices"},
 	{PassNoMapping, "pass-no-mapping", "an arriving packet that belongs to no mapping", ""},
+	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognised", "raise bpf-nat-global-max, or filter unwanted traffic"},
 
 	{MasqNew, "masq-new", "first packet of a masqueraded connection", ""},
 	{MasqKnown, "masq-known", "packet of a known masqueraded connection", ""},

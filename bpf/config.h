@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Every knob and every limit, with unit and reason.
+ *
+ * The volatile constants are set before the load, from probes of the running kernel
+ * (never from its version); the verifier then removes the branches not taken.
+ */
+#pragma once
+
+/* bpf_ktime_get_coarse_ns, kernel 5.11: the tick's clock, 80 ns cheaper than reading the TSC. */
+volatile const __u8 have_coarse_clock = 0;
+/* bpf_loop, kernel 5.17: the port search is verified once instead of once a candidate. */
+volatile const __u8 have_loop = 0;
+/* BPF_F_IPV6 of bpf_l4_csum_replace, kernel 6.16 and stable trees: an IPv6 address and the
+ * checksum that covers it cancel out, so skb->csum (CHECKSUM_COMPLETE) must not move. */
+volatile const __u8 have_csum_ipv6 = 0;
+
+/* Flows a family; the loader sets the real size of the tables from memory or configuration. */
+#define DEFAULT_FLOWS 32768
+/* Fragmented datagrams remembered at once, both families. LRU: a fragment train is short. */
+#define FRAGMENT_ENTRIES 8192
+/* Seconds the first fragment speaks for the later ones. An IPv4 ID wraps in 6.5 s at 10,000
+ * fragmented datagrams a second to one peer. */
+#define FRAGMENT_SECONDS 5
+/* Prefixes in one policy table: 65536 a family of the ip-masq-agent list, nodes and the rest. */
+#define POLICY_ENTRIES 262144
+#define DEVICE_ENTRIES 1024
+/* IPv6 extension headers walked before the chain is refused. */
+#define MAX_EXTENSIONS 6
+/* Port candidates tried for a new mapping: with bpf_loop and without. A pool of up to 2048
+ * ports has at most 2048 slots of a power of two, so the first number searches it completely. */
+#define MAX_CANDIDATES 2048
+#define MAX_CANDIDATES_NO_LOOP 640
+/* Records of one run of the reaper. */
+#define REAP_BATCH 64
+/* Seconds an external port may be held by a half-made mapping (a crash between two inserts). */
+#define ORPHAN_SECONDS 5

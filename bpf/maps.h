@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Every map and its keys and values. Names have at most 15 characters: the kernel cuts them.
+ *
+ * A flow has two entries, one a direction, and each direction writes only its own: no packet
+ * needs more than one look-up, and no cache line is shared between the directions. All tables
+ * of flows are preallocated and never LRU: a live flow is not evicted to make room.
+ */
+#pragma once
+
+#include "config.h"
+#include "packet.h"
+
+/* Bump when a key or value of a pinned map changes its meaning: the agent refuses or migrates. */
+#define MAP_LAYOUT 1
+
+/* Local is the node's side: the inner socket in the forward table, the external one in the
+ * reverse table. */
+struct tuple {
+	struct addr local, remote;
+	__be16 lport, rport;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+struct tuple4 {
+	__be32 local, remote;
+	__be16 lport, rport;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+/* TCP flags seen in this direction, and what the mapping is. */
+#define FLOW_SYN 0x01
+#define FLOW_FIN 0x02
+#define FLOW_RST 0x04
+#define FLOW_DATA 0x08 /* anything but a SYN */
+#define FLOW_HOST 0x10 /* the inner socket is the node's own */
+#define FLOW_OUT 0x20 /* inbound table only: answered by the pod */
+#define FLOW_OUT_FIN 0x40 /* inbound table only: closed by the pod */
+
+struct flow {
+	__u32 seen; /* second of the monotonic clock of this direction's last packet */
+	__u32 created;
+	__u32 packets;
+	__be16 port; /* translated port: external in the forward table, inner in the reverse table */
+	__u8 bits; /* FLOW_* */
+	__u8 pad;
+	__u64 bytes; /* low 48 bits; the high 16 are the key's tag, see flow_tag() */
+};
+
+struct flow4 {
+	struct flow flow;
+	__be32 addr; /* translated address */
+	__u32 pad;
+};
+
+struct flow6 {
+	struct flow flow;
+	struct addr addr;
+};
+
+_Static_assert(sizeof(struct tuple) == 40 && sizeof(struct tuple4) == 16, "keys have no hidden padding");
+_Static_assert(sizeof(struct flow4) == 32 && sizeof(struct flow6) == 40, "bytes per flow: 224 and 288");
+
+#define FLOW_TABLE(name, key_type, value_type)             \
+	struct {                                           \
+		__uint(type, BPF_MAP_TYPE_HASH);           \
+		__uint(max_entries, DEFAULT_FLOWS);        \
+		__type(key, key_type);                     \
+		__type(value, value_type);                 \
+		__uint(pinning, LIBBPF_PIN_BY_NAME);       \
+	} name SEC(".maps")
+
+/* Inner socket and remote -> external socket. Written at egress; swept by the agent. Full: new
+ * flows are refused with OUT_DROP_TABLE_FULL. */
+FLOW_TABLE(forward4, struct tuple4, struct flow4);
+FLOW_TABLE(forward6, struct tuple, struct flow6);
+/* External socket and remote -> inner socket. Inserting here, if absent, is what reserves a
+ * port: two flows can never share an external tuple. */
+FLOW_TABLE(reverse4, struct tuple4, struct flow4);
+FLOW_TABLE(reverse6, struct tuple, struct flow6);
+
+struct inbound {
+	__u32 seen;
+	__u32 created;
+	__u32 packets;
+	__u8 bits; /* FLOW_* */
+	__u8 pad[3];
+};
+
+/* Connections opened from outside, keyed like forward. Tables of their own (a quarter of the
+ * flows), so that outsiders can't exhaust mappings. Full: OUT_PASS_INBOUND_FULL. */
+FLOW_TABLE(inbound4, struct tuple4, struct inbound);
+FLOW_TABLE(inbound6, struct tuple, struct inbound);
+
+/* A fragmented datagram, by direction: what its first fragment was told. */
+struct datagram {
+	struct addr src, dst;
+	__be32 id;
+	__u8 proto;
+	__u8 ingress;
+	__u8 pad[2];
+};
+
+struct fragment {
+	struct addr addr; /* translated source (egress) or destination (ingress) */
+	__u32 seen;
+	__u32 outcome; /* OUT_MASQ_FRAGMENT, or the pass that the first fragment got */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, FRAGMENT_ENTRIES);
+	__type(key, struct datagram);
+	__type(value, struct fragment);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} fragments SEC(".maps");
+
+struct prefix {
+	__u32 length; /* bits, of the v4-mapped address */
+	struct addr addr;
+};
+
+struct rule {
+	__u8 outcome; /* enum outcome that an address gets whose longest prefix this is */
+	__u8 listed; /* lists that hold exactly this prefix; for readers only */
+	__u16 pad;
+};
+
+struct policy_trie {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, POLICY_ENTRIES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix);
+	__type(value, struct rule);
+};
+
+enum trie { TRIE_SOURCE = 0, TRIE_DESTINATION = 1, TRIES = 2 };
+
+/* Two generations of the policy's tables. The agent fills the idle one and then flips
+ * control.active: a packet reads the number once, so it never sees a mixture. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2 * TRIES);
+	__type(key, __u32);
+	__array(values, struct policy_trie);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} policies SEC(".maps");
+
+enum timer {
+	TIMER_TCP_SYN = 0,
+	TIMER_TCP_ESTABLISHED,
+	TIMER_TCP_CLOSING,
+	TIMER_UDP,
+	TIMER_UDP_STREAM,
+	TIMER_ICMP,
+	TIMER_OTHER,
+	TIMERS,
+};
+
+enum unknown_protocols { UNKNOWN_MASQUERADE = 0, UNKNOWN_DROP, UNKNOWN_PASS };
+
+/* The part of the policy that is no prefix; one element a generation. */
+struct settings {
+	__u32 enabled[2]; /* by enum family */
+	__u32 unknown_protocols; /* enum unknown_protocols */
+	__u32 timeout[TIMERS]; /* seconds */
+	__u32 ports; /* in the pool */
+	__u32 pad;
+	__u64 in_pool[1024]; /* bit set of the pool */
+	__u16 port[65536]; /* the pool, ascending */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct settings);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} settings SEC(".maps");
+
+struct control {
+	__u32 active; /* generation in force; ~0 before the first apply */
+	__u32 layout; /* MAP_LAYOUT of the writer */
+	__u32 learn_until; /* second until which any arriving TCP packet opens an inbound connection */
+	__u32 pad;
+	__u64 seed; /* of the port sequence; drawn once, so a flow finds its port again after state loss */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct control);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} control SEC(".maps");
+
+/* Masquerade devices by ifindex. An attached device without an entry makes no new mappings. */
+struct device {
+	struct addr addr[2]; /* masquerade address by enum family; zero: none */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, DEVICE_ENTRIES);
+	__type(key, __u32);
+	__type(value, struct device);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} devices SEC(".maps");
+
+enum direction { EGRESS = 0, INGRESS = 1 };
+
+struct counter {
+	__u64 packets, bytes;
+};
+
+/* Index: (outcome * 2 + direction) * 2 + family. Per CPU, never reset. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, OUT_SLOTS * 4);
+	__type(key, __u32);
+	__type(value, struct counter);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} counters SEC(".maps");
