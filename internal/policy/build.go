@@ -29,6 +29,7 @@ func Build(in Input) (*Policy, error) {
 	}
 	p.indexSources()
 	p.indexDestinations()
+	p.indexRoutes()
 	return p, nil
 }
 
@@ -125,6 +126,18 @@ func (p *Policy) indexDestinations() {
 	slices.SortFunc(p.destinations, func(a, b Destination) int { return ComparePrefixes(a.Prefix, b.Prefix) })
 }
 
+// indexRoutes keeps one route for each prefix, the first that is mentioned.
+func (p *Policy) indexRoutes() {
+	p.routeSources = slices.Clone(p.in.RouteSources)
+	slices.SortStableFunc(p.routeSources, func(a, b RouteSource) int { return ComparePrefixes(a.Prefix, b.Prefix) })
+	p.routeSources = slices.CompactFunc(p.routeSources, func(a, b RouteSource) bool { return a.Prefix == b.Prefix })
+	prefixes := make([]netip.Prefix, len(p.routeSources))
+	for i, r := range p.routeSources {
+		prefixes[i] = r.Prefix
+	}
+	p.routes = newIndex(prefixes, func(i int) netip.Addr { return p.routeSources[i].Source })
+}
+
 // exemptNode tells whether line 8 passes packets to n. An address that is listed
 // as internal too counts as internal.
 func (p *Policy) exemptNode(n NodeAddr) bool {
@@ -161,3 +174,7 @@ func (p *Policy) Sources() []Source { return p.sources }
 
 // Destinations is the longest-prefix table by destination, sorted.
 func (p *Policy) Destinations() []Destination { return p.destinations }
+
+// RouteSources is the longest-prefix table of routes by destination, sorted. A
+// zero Source means the address of the egress device.
+func (p *Policy) RouteSources() []RouteSource { return p.routeSources }

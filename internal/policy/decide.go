@@ -107,15 +107,13 @@ func (p *Policy) Device(index int) (Device, bool) {
 	return Device{}, false
 }
 
-// address is the source that a new mapping towards dst gets on dev (2.4).
+// address is the source that a new mapping towards dst gets on dev (2.4): that of
+// the longest route, or the device's own where this route names none.
 func (p *Policy) address(dev Device, dst netip.Addr) netip.Addr {
-	best, addr := -1, dev.Addr(dst.Is4())
-	for _, r := range p.in.RouteSources {
-		if r.Prefix.Contains(dst) && r.Prefix.Bits() > best {
-			best, addr = r.Prefix.Bits(), r.Source
-		}
+	if _, source, ok := p.routes.lookup(dst); ok && source.IsValid() {
+		return source
 	}
-	return addr
+	return dev.Addr(dst.Is4())
 }
 
 func (pkt Packet) icmp() bool {

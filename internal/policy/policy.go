@@ -75,7 +75,8 @@ func (d Device) Addr(is4 bool) netip.Addr {
 }
 
 // RouteSource is a route of the main table with the source address to use
-// towards it.
+// towards it. The zero Source means the address of the egress device; such a
+// route still comes before a shorter one.
 type RouteSource struct {
 	Prefix netip.Prefix `json:"prefix"`
 	Source netip.Addr   `json:"source"`
@@ -125,7 +126,9 @@ type Policy struct {
 	in           Input
 	sources      []Source
 	destinations []Destination
+	routeSources []RouteSource
 	srcIndex     index[int]
+	routes       index[netip.Addr]
 	byLine       [lines]index[Rule]
 }
 
