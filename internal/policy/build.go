@@ -2,17 +2,12 @@ package policy
 
 import (
 	"cmp"
-	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 )
 
-// MaxPrefixes bounds the ip-masq-agent list, per family (section 5).
-const MaxPrefixes = 65536
-
 // Build checks in and returns the policy for it. in must not be changed afterwards.
-// The error names the list and the value at fault.
+// The error names the list and the first value at fault.
 func Build(in Input) (*Policy, error) {
 	if in.RemoteNodes == "" {
 		in.RemoteNodes = RemoteNone
@@ -20,49 +15,15 @@ func Build(in Input) (*Policy, error) {
 	if in.UnknownProtocols == "" {
 		in.UnknownProtocols = UnknownMasquerade
 	}
-	if in.Timeouts == (Timeouts{}) {
-		in.Timeouts = DefaultTimeouts
-	}
-	p := &Policy{in: in}
-	if err := p.check(); err != nil {
+	in.Timeouts = in.Timeouts.withDefaults()
+	if err := in.check(); err != nil {
 		return nil, err
 	}
+	p := &Policy{in: in}
 	p.indexSources()
 	p.indexDestinations()
 	p.indexRoutes()
 	return p, nil
-}
-
-func (p *Policy) check() error {
-	for list, rules := range map[string][]Rule{
-		"source range": p.in.Sources, "native-routing CIDR": p.in.Native,
-		"non-masquerade CIDR": p.in.NonMasq, "pod range": p.in.Pods,
-	} {
-		for _, r := range rules {
-			if !r.Prefix.IsValid() || r.Prefix != r.Prefix.Masked() || r.Prefix.Addr().Is4In6() {
-				return fmt.Errorf("%s %q (%s): not a canonical prefix", list, r.Prefix, r.Origin)
-			}
-		}
-	}
-	var count [2]int
-	for _, r := range p.in.NonMasq {
-		count[family(r.Prefix.Addr())]++
-	}
-	if n := max(count[0], count[1]); n > MaxPrefixes {
-		return fmt.Errorf("non-masquerade list: %d prefixes in one family, the limit is %d", n, MaxPrefixes)
-	}
-	for _, n := range p.in.Nodes {
-		if !n.Addr.IsValid() || n.Addr.Is4In6() || n.Addr.Zone() != "" {
-			return fmt.Errorf("node %s: bad address %q", n.Node, n.Addr)
-		}
-	}
-	if len(p.in.Devices) > 0 && len(p.in.Ports) == 0 {
-		return errors.New("no external port is left: snat-port-range minus node-port-range and reserved ports is empty")
-	}
-	if !slices.IsSorted(p.in.Ports) {
-		return errors.New("ports are not in ascending order")
-	}
-	return nil
 }
 
 func (p *Policy) indexSources() {

@@ -20,10 +20,12 @@ const (
 	TCPAck = 0x10
 )
 
-// Packet is the first packet that a masquerade device sees of a connection.
+// Packet is the first packet that a masquerade device sees of a connection. Its
+// addresses are of one family and as on the wire: an IPv4-mapped address makes an
+// IPv6 packet. Zones are ignored.
 type Packet struct {
-	Src, Dst netip.Addr // of one family
-	Proto    uint8      // IP protocol number
+	Src, Dst netip.Addr
+	Proto    uint8 // IP protocol number
 	TCPFlags uint8
 	ICMPType uint8
 	Device   int  // ifindex of the egress device
@@ -42,6 +44,7 @@ type Decision struct {
 // line that matches. It does not know which connections run: a packet of a
 // known mapping keeps its translation whatever Decide says.
 func (p *Policy) Decide(pkt Packet) Decision {
+	pkt.Src, pkt.Dst = pkt.Src.WithZone(""), pkt.Dst.WithZone("")
 	is4 := pkt.Src.Is4()
 	if is4 && !p.in.IPv4 {
 		return Decision{Outcome: PassDisabled, Origin: "option enable-ipv4-masquerade"}

@@ -9,6 +9,7 @@
 package policy
 
 import (
+	"cmp"
 	"net/netip"
 	"time"
 )
@@ -20,7 +21,8 @@ type Rule struct {
 	Origin string       `json:"origin"`
 }
 
-// NodeType is the kind of a node's address, by the names Kubernetes uses.
+// NodeType is the kind of a node's address, by the names Kubernetes uses. All but
+// ExternalIP count as internal.
 type NodeType string
 
 const (
@@ -93,6 +95,20 @@ type Timeouts struct {
 	Other          time.Duration `json:"other"`
 }
 
+// withDefaults returns t with each zero field at its default.
+func (t Timeouts) withDefaults() Timeouts {
+	d := DefaultTimeouts
+	return Timeouts{
+		TCPSyn:         cmp.Or(t.TCPSyn, d.TCPSyn),
+		TCPEstablished: cmp.Or(t.TCPEstablished, d.TCPEstablished),
+		TCPClosing:     cmp.Or(t.TCPClosing, d.TCPClosing),
+		UDP:            cmp.Or(t.UDP, d.UDP),
+		UDPStream:      cmp.Or(t.UDPStream, d.UDPStream),
+		ICMP:           cmp.Or(t.ICMP, d.ICMP),
+		Other:          cmp.Or(t.Other, d.Other),
+	}
+}
+
 // DefaultTimeouts are the values of the contract (2.3).
 var DefaultTimeouts = Timeouts{
 	TCPSyn:         240 * time.Second,
@@ -108,7 +124,7 @@ var DefaultTimeouts = Timeouts{
 type Input struct {
 	IPv4, IPv6       bool         // masquerading is on for the family
 	Sources          []Rule       // masquerade source ranges (2.1)
-	HostAddrs        []netip.Addr // the node's own addresses, without those of pod-side devices inside a source range
+	HostAddrs        []netip.Addr // zones are ignored; the node's own addresses, without those of pod-side devices inside a source range
 	Native           []Rule       // native-routing CIDRs (2.2)
 	NonMasq          []Rule       // ip-masq-agent list (5)
 	Pods             []Rule       // pod ranges of other nodes
