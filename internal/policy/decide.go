@@ -2,7 +2,7 @@ package policy
 
 import "net/netip"
 
-// IP protocol numbers with behaviour of their own.
+// IP protocol numbers with behavior of their own.
 const (
 	ProtoICMP    = 1
 	ProtoTCP     = 6
@@ -21,8 +21,8 @@ const (
 )
 
 // Packet is the first packet that a masquerade device sees of a connection. Its
-// addresses are of one family and as on the wire: an IPv4-mapped address makes an
-// IPv6 packet. Zones are ignored.
+// addresses are of one family and as on the wire: who reads an IPv4-mapped address
+// from a user unmaps it. Zones are ignored.
 type Packet struct {
 	Src, Dst netip.Addr
 	Proto    uint8 // IP protocol number
@@ -42,9 +42,13 @@ type Decision struct {
 
 // Decide answers for pkt by the table of the contract (section 2): the first
 // line that matches. It does not know which connections run: a packet of a
-// known mapping keeps its translation whatever Decide says.
+// known mapping keeps its translation whatever Decide says. Nor does it read headers:
+// of line 0 it has IPv4-mapped addresses only.
 func (p *Policy) Decide(pkt Packet) Decision {
 	pkt.Src, pkt.Dst = pkt.Src.WithZone(""), pkt.Dst.WithZone("")
+	if pkt.Src.Is4In6() || pkt.Dst.Is4In6() {
+		return Decision{Outcome: DropBadHeader} // never on the wire (RFC 6890 table 20)
+	}
 	is4 := pkt.Src.Is4()
 	if is4 && !p.in.IPv4 {
 		return Decision{Outcome: PassDisabled, Origin: "option enable-ipv4-masquerade"}
@@ -59,7 +63,7 @@ func (p *Policy) Decide(pkt Packet) Decision {
 	if o := p.sources[i].Outcome; o != Continue {
 		return Decision{Outcome: o, Match: match, Origin: "device"}
 	}
-	if pkt.neighbourDiscovery() {
+	if pkt.neighborDiscovery() {
 		return Decision{Outcome: PassMulticast, Match: linkLocal6, Origin: "default"}
 	}
 	for line := range p.byLine {
@@ -166,9 +170,9 @@ func (pkt Packet) unknownProtocol() bool {
 	return !pkt.icmp()
 }
 
-// neighbourDiscovery tells whether the packet is IPv6 control traffic (MLD, ND)
+// neighborDiscovery tells whether the packet is IPv6 control traffic (MLD, ND)
 // to a link-local address; that to multicast addresses needs no rule of its own.
-func (pkt Packet) neighbourDiscovery() bool {
+func (pkt Packet) neighborDiscovery() bool {
 	if pkt.Proto != ProtoICMPv6 || !pkt.icmp() || !linkLocal6.Contains(pkt.Dst) {
 		return false
 	}

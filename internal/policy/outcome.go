@@ -89,7 +89,7 @@ var outcomes = []OutcomeInfo{
 	{PassProtocol, "pass-protocol", "a protocol without ports, and unknown-protocols is pass", "set unknown-protocols to masquerade or drop"},
 	{PassDevice, "pass-device", "the device is attached but no longer a masquerade device", "add it to devices"},
 	{PassNoMapping, "pass-no-mapping", "an arriving packet that belongs to no mapping", ""},
-	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognised", "raise bpf-nat-global-max, or filter unwanted traffic"},
+	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognized", "raise bpf-nat-global-max, or filter unwanted traffic"},
 
 	{MasqNew, "masq-new", "first packet of a masqueraded connection", ""},
 	{MasqKnown, "masq-known", "packet of a known masqueraded connection", ""},

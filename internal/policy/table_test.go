@@ -9,12 +9,12 @@ import (
 	"bauta.dev/bauta/internal/policy/policytest"
 )
 
-// decided is every outcome that Decide can give. The others need a packet's
+// decided is every outcome that Decide can give, by number. The others need a packet's
 // bytes, a known flow or a full table.
 var decided = []policy.Outcome{
 	policy.PassDisabled, policy.PassHost, policy.PassSource, policy.PassMulticast, policy.PassNative,
 	policy.PassNonMasq, policy.PassPod, policy.PassNode, policy.PassInbound, policy.PassProtocol, policy.PassDevice,
-	policy.MasqNew, policy.DropNoAddress, policy.DropProtocol, policy.DropStray,
+	policy.MasqNew, policy.DropBadHeader, policy.DropNoAddress, policy.DropProtocol, policy.DropStray,
 }
 
 func TestTable(t *testing.T) {

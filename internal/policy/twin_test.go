@@ -136,6 +136,9 @@ func kind(pkt policy.Packet) string {
 }
 
 func twin(in policy.Input, pkt policy.Packet) policy.Decision {
+	if pkt.Src.Is4In6() || pkt.Dst.Is4In6() {
+		return policy.Decision{Outcome: policy.DropBadHeader}
+	}
 	if pkt.Src.Is4() && !in.IPv4 || !pkt.Src.Is4() && !in.IPv6 {
 		return policy.Decision{Outcome: policy.PassDisabled}
 	}
