@@ -54,33 +54,27 @@ func (n *node) masqueradeAddr(index int, f family) (netip.Addr, string) {
 		{func(a Addr) bool { return nextHop.IsValid() && a.Subnet.Contains(nextHop) }, "in the subnet of the default next hop"},
 		{func(a Addr) bool { return public(a.Addr) }, "public before private"},
 	}
-	best, rule := pick(list, criteria)
-	switch {
-	case len(list) == 1:
+	best, rules := pick(list, criteria, "the kernel's first")
+	if rules == "" {
 		return best.Addr, "the only primary address"
-	case rule == "":
-		return best.Addr, "primary, the kernel's first"
 	}
-	return best.Addr, "primary, " + rule
+	return best.Addr, "primary, " + rules
 }
 
 // pick returns the first best of list by the criteria in their order, and the
-// name of the one that told it from the second best; "" for the order of list.
-func pick(list []Addr, criteria []criterion) (Addr, string) {
+// names of those that made a difference; order is the name of list's own order.
+func pick(list []Addr, criteria []criterion, order string) (Addr, string) {
+	var rules []string
 	for _, c := range criteria {
 		preferred := slices.DeleteFunc(slices.Clone(list), func(a Addr) bool { return !c.holds(a) })
-		switch len(preferred) {
-		case 0:
-		case 1:
-			if len(list) > 1 {
-				return preferred[0], c.name
-			}
-			return preferred[0], ""
-		default:
-			list = preferred
+		if len(preferred) > 0 && len(preferred) < len(list) {
+			list, rules = preferred, append(rules, c.name)
 		}
 	}
-	return list[0], ""
+	if len(list) > 1 {
+		rules = append(rules, order)
+	}
+	return list[0], strings.Join(rules, ", then ")
 }
 
 // nextHop returns the next hop of the device's best default route (main table
@@ -127,18 +121,15 @@ func (n *node) fallbackAddr(index int, f family) (netip.Addr, string) {
 		return netip.Addr{}, fmt.Sprintf("no global %s address on this or another device", f)
 	}
 	slices.SortStableFunc(list, func(a, b Addr) int { return cmp.Or(a.Index-b.Index, a.Addr.Compare(b.Addr)) })
-	best, rule := pick(list, []criterion{
+	best, rules := pick(list, []criterion{
 		{func(a Addr) bool { return !a.Tentative }, "its duplicate address detection is over"},
 		{func(a Addr) bool { return public(a.Addr) }, "public before private"},
 		{func(a Addr) bool { return n.selected[a.Index] }, "masquerade devices first"},
-	})
-	switch {
-	case len(list) == 1:
-		rule = "the only one"
-	case rule == "":
-		rule = "lowest interface index and address"
+	}, "lowest interface index and address")
+	if rules == "" {
+		rules = "the only one"
 	}
-	return best.Addr, fmt.Sprintf("of %s, for lack of an own one: %s", n.byID[best.Index].Name, rule)
+	return best.Addr, fmt.Sprintf("of %s, as the device has none: %s", n.byID[best.Index].Name, rules)
 }
 
 // ofPods tells whether the device's addresses are never good for a fallback: it
