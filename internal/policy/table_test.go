@@ -2,6 +2,7 @@ package policy_test
 
 import (
 	"maps"
+	"net/netip"
 	"slices"
 	"testing"
 
@@ -29,7 +30,9 @@ func TestTable(t *testing.T) {
 			if err != nil {
 				t.Fatalf("cases.txt:%d: %v", g.Line, err)
 			}
+			var addrs []netip.Addr
 			for _, c := range g.Cases {
+				addrs = append(addrs, c.Packet.Src, c.Packet.Dst)
 				got := p.Decide(c.Packet)
 				if err := c.Check(got); err != nil {
 					t.Error(err)
@@ -39,6 +42,7 @@ func TestTable(t *testing.T) {
 				}
 				seen[got.Outcome] = true
 			}
+			checkTables(t, g.Input, p, addrs)
 		})
 	}
 	if got := slices.Sorted(maps.Keys(seen)); !slices.Equal(got, decided) {

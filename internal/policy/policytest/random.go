@@ -71,7 +71,7 @@ func RandomCase(r *rand.Rand) Case {
 	case policy.ProtoUDP, policy.ProtoSCTP, policy.ProtoUDPLite:
 		c.SrcPort, c.DstPort = 1+uint16(r.IntN(65535)), 1+uint16(r.IntN(65535))
 	case icmp:
-		c.Packet.ICMPType = []uint8{8, 0, 3, 128, 129, 130, 135, 137, 143, uint8(r.IntN(256))}[r.IntN(10)]
+		c.Packet.ICMPType = []uint8{8, 0, 3, 13, 14, 128, 129, 130, 135, 137, 143, uint8(r.IntN(256))}[r.IntN(12)]
 		c.SrcPort = uint16(r.IntN(65536))
 	}
 	return c
