@@ -1,0 +1,115 @@
+package ipmasq
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// MaxFileSize bounds what is read of one file. 65536 prefixes of both families
+// take less than half of it.
+const MaxFileSize = 16 << 20
+
+// Load reads path, a file or a directory of fragments, and parses it. A missing
+// path is no error: it stands for the defaults. After any other error the last
+// good list should stay in force.
+func Load(path string, p Profile) (List, error) {
+	fragments, warnings, err := read(path)
+	if err != nil {
+		return List{}, err
+	}
+	l, err := Parse(fragments, p)
+	if err != nil {
+		return List{}, err
+	}
+	l.Warnings = append(l.Warnings, warnings...)
+	return l, nil
+}
+
+func read(path string) (fragments []Fragment, warnings []string, err error) {
+	info, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil, nil
+	case err != nil:
+		return nil, nil, fmt.Errorf("%s: %w", path, cause(err))
+	case info.IsDir():
+		return readDir(path)
+	}
+	data, err := readFile(path, info)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, nil // gone since Stat
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return []Fragment{{path, data}}, nil, nil
+}
+
+// IsFragment tells whether a directory entry of that name is read: not the
+// kubelet's ..data, hidden files of editors, or their backups.
+func IsFragment(name string) bool {
+	return !strings.HasPrefix(name, ".") && !strings.HasSuffix(name, "~")
+}
+
+// readDir reads the fragments of a directory in the order of their names.
+func readDir(dir string) (fragments []Fragment, warnings []string, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", dir, cause(err))
+	}
+	for _, e := range entries {
+		if !IsFragment(e.Name()) {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		info, err := os.Stat(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			if e.Type()&fs.ModeSymlink != 0 {
+				warnings = append(warnings, path+": a symbolic link to nothing, not read")
+			}
+			continue
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", path, cause(err))
+		}
+		if !info.Mode().IsRegular() {
+			continue
+		}
+		data, err := readFile(path, info)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // gone since the directory was read
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", path, err)
+		}
+		fragments = append(fragments, Fragment{path, data})
+	}
+	return fragments, warnings, nil
+}
+
+func readFile(path string, info fs.FileInfo) ([]byte, error) {
+	if !info.Mode().IsRegular() {
+		return nil, errors.New("neither a file nor a directory") // reading a pipe would block
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, cause(err)
+	}
+	defer f.Close()
+	// One byte more than allowed, so that Parse sees a file that is too long.
+	data, err := io.ReadAll(io.LimitReader(f, MaxFileSize+1))
+	return data, cause(err)
+}
+
+// cause drops the path of an error: the message has it already.
+func cause(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
+}
