@@ -117,9 +117,10 @@ func newAddr(a netlink.Addr) (Addr, bool) {
 	}, true
 }
 
+var routeTypes = map[int]RouteType{unix.RTN_UNICAST: Unicast, unix.RTN_LOCAL: Local, unix.RTN_ANYCAST: Anycast}
+
 func newRoute(r netlink.Route) (Route, bool) {
-	types := map[int]RouteType{unix.RTN_UNICAST: Unicast, unix.RTN_LOCAL: Local, unix.RTN_ANYCAST: Anycast}
-	kind, ok := types[r.Type]
+	kind, ok := routeTypes[r.Type]
 	if !ok {
 		return Route{}, false
 	}
