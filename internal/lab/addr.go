@@ -9,24 +9,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// AddAddr adds an address to a device. It is usable at once.
+// AddAddr adds an address to a device. On a device that carries traffic it is
+// usable when the function returns.
 func (ns *NS) AddAddr(dev string, p netip.Prefix) error {
-	return ns.change(dev, "add address "+p.String(), func(l netlink.Link) error {
-		return ns.handle.AddrAdd(l, address(p))
+	ready := false
+	err := ns.change(dev, "add address "+p.String(), func(l netlink.Link) error {
+		ready = l.Attrs().OperState == netlink.OperUp
+		return netlink.AddrAdd(l, address(p))
 	})
+	if err == nil && ready && p.Addr().Is6() {
+		err = ns.awaitReady(dev)
+	}
+	return err
 }
 
 // DelAddr removes an address from a device.
 func (ns *NS) DelAddr(dev string, p netip.Prefix) error {
 	return ns.change(dev, "delete address "+p.String(), func(l netlink.Link) error {
-		return ns.handle.AddrDel(l, address(p))
+		return netlink.AddrDel(l, address(p))
 	})
 }
 
 // Addrs returns the global addresses of a device, IPv4 first, in the kernel's order.
 func (ns *NS) Addrs(dev string) (prefixes []netip.Prefix, err error) {
 	err = ns.change(dev, "list addresses", func(l netlink.Link) error {
-		addrs, err := ns.handle.AddrList(l, netlink.FAMILY_ALL)
+		addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
 		for _, a := range addrs {
 			if ip, ok := netip.AddrFromSlice(a.IP); ok && a.Scope == unix.RT_SCOPE_UNIVERSE {
 				ones, _ := a.Mask.Size()
@@ -72,7 +79,7 @@ var (
 func (ns *NS) AddRoute(r Route) error {
 	k, err := ns.route(r)
 	if err == nil {
-		err = ns.handle.RouteReplace(k)
+		err = ns.Do(func() error { return netlink.RouteReplace(k) })
 	}
 	if err != nil {
 		return fmt.Errorf("route %s via %s dev %s in %s: %w", r.Dst, r.Via, r.Dev, ns, err)
@@ -84,7 +91,7 @@ func (ns *NS) AddRoute(r Route) error {
 func (ns *NS) DelRoute(r Route) error {
 	k, err := ns.route(r)
 	if err == nil {
-		err = ns.handle.RouteDel(k)
+		err = ns.Do(func() error { return netlink.RouteDel(k) })
 	}
 	if err != nil {
 		return fmt.Errorf("delete route %s in %s: %w", r.Dst, ns, err)
@@ -121,7 +128,7 @@ func (ns *NS) AddRule(from netip.Prefix, table int) error {
 	if from.Addr().Is6() {
 		rule.Family = unix.AF_INET6
 	}
-	if err := ns.handle.RuleAdd(rule); err != nil {
+	if err := ns.Do(func() error { return netlink.RuleAdd(rule) }); err != nil {
 		return fmt.Errorf("rule from %s table %d in %s: %w", from, table, ns, err)
 	}
 	return nil

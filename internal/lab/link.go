@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -23,18 +22,21 @@ type LinkOpts struct {
 	Down bool
 }
 
-// Link connects two namespaces by a veth pair and returns when both ends are
-// operational.
+// Link connects two namespaces by a veth pair and returns when both ends can
+// carry traffic of both families.
 func Link(a *NS, aName string, b *NS, bName string, o LinkOpts) error {
 	veth := netlink.NewVeth(netlink.LinkAttrs{Name: aName, MTU: o.MTU})
 	veth.PeerName = bName
-	veth.PeerNamespace = netlink.NsFd(b.FD())
-	if err := a.handle.LinkAdd(veth); err != nil {
+	err := b.WithFD(func(fd int) error {
+		veth.PeerNamespace = netlink.NsFd(fd)
+		return a.Do(func() error { return netlink.LinkAdd(veth) })
+	})
+	if err != nil {
 		return fmt.Errorf("create veth %s (%s) to %s (%s): %w", aName, a, bName, b, err)
 	}
-	err := errors.Join(a.furnish(aName, o, o.AddrsA), b.furnish(bName, o, o.AddrsB))
+	err = errors.Join(a.furnish(aName, o, o.AddrsA), b.furnish(bName, o, o.AddrsB))
 	if err == nil && !o.Down {
-		err = errors.Join(a.awaitUp(aName), b.awaitUp(bName))
+		err = errors.Join(a.awaitReady(aName), b.awaitReady(bName))
 	}
 	if err != nil {
 		return errors.Join(err, a.DeleteLink(aName))
@@ -67,29 +69,14 @@ func (ns *NS) furnish(dev string, o LinkOpts, addrs []netip.Prefix) error {
 	return nil
 }
 
-// awaitUp waits until the kernel's link watcher has noticed the carrier; until
-// then IPv6 routes over the device are not used.
-func (ns *NS) awaitUp(dev string) error {
-	deadline := time.Now().Add(5 * time.Second)
-	for {
-		l, err := ns.link(dev)
-		if err != nil {
-			return err
-		}
-		if l.Attrs().OperState == netlink.OperUp {
-			return nil
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("link %s: still %s after 5s", dev, l.Attrs().OperState)
-		}
-		// Link events come by netlink multicast, but a subscription for a wait of
-		// a millisecond costs more than asking again.
-		time.Sleep(time.Millisecond)
-	}
-}
-
-func (ns *NS) link(dev string) (netlink.Link, error) {
-	l, err := ns.handle.LinkByName(dev)
+// link, like every request here, uses a socket that is opened inside the
+// namespace. A long-lived netlink.Handle would be faster, but once closed it
+// sends its requests to the namespace of the thread: to the host.
+func (ns *NS) link(dev string) (l netlink.Link, err error) {
+	err = ns.Do(func() error {
+		l, err = netlink.LinkByName(dev)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("link %s in %s: %w", dev, ns, err)
 	}
@@ -102,29 +89,29 @@ func (ns *NS) change(dev, what string, f func(netlink.Link) error) error {
 	if err != nil {
 		return err
 	}
-	if err := f(l); err != nil {
+	if err := ns.Do(func() error { return f(l) }); err != nil {
 		return fmt.Errorf("link %s in %s: %s: %w", dev, ns, what, err)
 	}
 	return nil
 }
 
 // SetUp sets a device up.
-func (ns *NS) SetUp(dev string) error { return ns.change(dev, "set up", ns.handle.LinkSetUp) }
+func (ns *NS) SetUp(dev string) error { return ns.change(dev, "set up", netlink.LinkSetUp) }
 
 // SetDown sets a device down; the kernel then forgets its routes and IPv6 addresses.
-func (ns *NS) SetDown(dev string) error { return ns.change(dev, "set down", ns.handle.LinkSetDown) }
+func (ns *NS) SetDown(dev string) error { return ns.change(dev, "set down", netlink.LinkSetDown) }
 
 // DeleteLink deletes a device, and the other end of a veth pair with it.
-func (ns *NS) DeleteLink(dev string) error { return ns.change(dev, "delete", ns.handle.LinkDel) }
+func (ns *NS) DeleteLink(dev string) error { return ns.change(dev, "delete", netlink.LinkDel) }
 
 // SetMTU sets the MTU of one end of a link.
 func (ns *NS) SetMTU(dev string, mtu int) error {
-	return ns.change(dev, "set mtu", func(l netlink.Link) error { return ns.handle.LinkSetMTU(l, mtu) })
+	return ns.change(dev, "set mtu", func(l netlink.Link) error { return netlink.LinkSetMTU(l, mtu) })
 }
 
 // Rename gives a device, which must be down, another name.
 func (ns *NS) Rename(dev, name string) error {
-	return ns.change(dev, "rename to "+name, func(l netlink.Link) error { return ns.handle.LinkSetName(l, name) })
+	return ns.change(dev, "rename to "+name, func(l netlink.Link) error { return netlink.LinkSetName(l, name) })
 }
 
 // Index returns the interface index of a device.
@@ -147,13 +134,16 @@ func (ns *NS) MAC(dev string) (net.HardwareAddr, error) {
 
 // Links returns the names of all devices, by index.
 func (ns *NS) Links() ([]string, error) {
-	links, err := ns.handle.LinkList()
+	var names []string
+	err := ns.Do(func() error {
+		links, err := netlink.LinkList()
+		for _, l := range links {
+			names = append(names, l.Attrs().Name)
+		}
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list links in %s: %w", ns, err)
-	}
-	var names []string
-	for _, l := range links {
-		names = append(names, l.Attrs().Name)
 	}
 	return names, nil
 }
@@ -163,7 +153,7 @@ func (ns *NS) AddBridge(name string, ports ...string) error {
 	// Snooping would hold back neighbor discovery until a querier is known.
 	snoop := false
 	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}, MulticastSnooping: &snoop}
-	if err := ns.handle.LinkAdd(br); err != nil {
+	if err := ns.Do(func() error { return netlink.LinkAdd(br) }); err != nil {
 		return fmt.Errorf("create bridge %s in %s: %w", name, ns, err)
 	}
 	for _, p := range ports {
@@ -180,7 +170,7 @@ func (ns *NS) AddPort(bridge, dev string) error {
 	if err != nil {
 		return err
 	}
-	return ns.change(dev, "join "+bridge, func(l netlink.Link) error { return ns.handle.LinkSetMaster(l, br) })
+	return ns.change(dev, "join "+bridge, func(l netlink.Link) error { return netlink.LinkSetMaster(l, br) })
 }
 
 // AddVXLAN creates a VXLAN tunnel device (UDP port 8472) to one remote, and sets it up.
@@ -189,7 +179,7 @@ func (ns *NS) AddVXLAN(name string, id int, local, remote netip.Addr) error {
 		LinkAttrs: netlink.LinkAttrs{Name: name}, VxlanId: id, Port: 8472,
 		SrcAddr: local.AsSlice(), Group: remote.AsSlice(), Learning: true,
 	}
-	if err := ns.handle.LinkAdd(vx); err != nil {
+	if err := ns.Do(func() error { return netlink.LinkAdd(vx) }); err != nil {
 		return fmt.Errorf("create vxlan %s in %s: %w", name, ns, err)
 	}
 	return ns.SetUp(name)

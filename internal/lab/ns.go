@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -21,13 +20,14 @@ const netnsDir = "/run/netns"
 // NS is a network namespace. An anonymous one lives as long as something in it
 // is open; a named one is also held by a bind mount, for `ip netns exec`.
 type NS struct {
-	name   string
-	fd     netns.NsHandle
-	handle *netlink.Handle
-	kept   bool
+	name string
+	id   string // of the kernel, for messages about an anonymous one
+	kept bool
 
-	closeOnce sync.Once
-	closeErr  error
+	// mu keeps the descriptor open while it is used: a number that was closed
+	// may already mean another namespace.
+	mu sync.RWMutex
+	fd netns.NsHandle
 }
 
 // quiet makes a new namespace predictable: addresses are usable at once, no
@@ -61,7 +61,7 @@ func NewNS(name string) (*NS, error) {
 		if err != nil {
 			return fmt.Errorf("open: %w", err)
 		}
-		ns.fd = fd
+		ns.fd, ns.id = fd, fd.UniqueId()
 		if name != "" {
 			return bindNS(name)
 		}
@@ -86,11 +86,6 @@ func (ns *NS) prepare() error {
 			return err
 		}
 	}
-	h, err := netlink.NewHandleAt(ns.fd, unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("open netlink: %w", err)
-	}
-	ns.handle = h
 	return ns.SetUp("lo")
 }
 
@@ -126,13 +121,20 @@ func RemoveNamed(name string) error {
 // Name returns the name, empty for an anonymous namespace.
 func (ns *NS) Name() string { return ns.name }
 
-// FD returns the open namespace, for netlink requests that name a namespace.
-// It is closed by Close.
-func (ns *NS) FD() int { return int(ns.fd) }
+// WithFD runs f with the open namespace, for requests that name a namespace by
+// its file descriptor.
+func (ns *NS) WithFD(f func(fd int) error) error {
+	ns.mu.RLock()
+	defer ns.mu.RUnlock()
+	if !ns.fd.IsOpen() {
+		return fmt.Errorf("network namespace %s: %w", ns, os.ErrClosed)
+	}
+	return f(int(ns.fd))
+}
 
 func (ns *NS) String() string {
 	if ns.name == "" {
-		return fmt.Sprintf("(anonymous %d)", int(ns.fd))
+		return ns.id
 	}
 	return ns.name
 }
@@ -141,7 +143,8 @@ func (ns *NS) String() string {
 // inside it; sockets and processes created by f are, for all their life.
 func (ns *NS) Do(f func() error) error {
 	return onThread(func() error {
-		if err := netns.Set(ns.fd); err != nil {
+		err := ns.WithFD(func(fd int) error { return netns.Set(netns.NsHandle(fd)) })
+		if err != nil {
 			return fmt.Errorf("enter network namespace %s: %w", ns, err)
 		}
 		return f()
@@ -174,17 +177,16 @@ func onThread(f func() error) (err error) {
 func (ns *NS) Keep() { ns.kept = ns.name != "" }
 
 // Close removes the namespace. Its devices vanish as soon as no process or
-// socket is left in it.
+// socket is left in it. It may be called again.
 func (ns *NS) Close() error {
-	ns.closeOnce.Do(func() {
-		if ns.handle != nil {
-			ns.handle.Close()
-		}
-		var unnamed error
-		if ns.name != "" && !ns.kept {
-			unnamed = RemoveNamed(ns.name)
-		}
-		ns.closeErr = errors.Join(unnamed, ns.fd.Close())
-	})
-	return ns.closeErr
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	if !ns.fd.IsOpen() {
+		return nil
+	}
+	var unnamed error
+	if ns.name != "" && !ns.kept {
+		unnamed = RemoveNamed(ns.name)
+	}
+	return errors.Join(unnamed, ns.fd.Close())
 }

@@ -211,5 +211,5 @@ func (t *Topology) plugPod(o Options, i int) error {
 	if err := t.Node.AddPort("cni0", dev); err != nil {
 		return err
 	}
-	return t.Node.awaitUp("cni0")
+	return t.Node.awaitReady("cni0")
 }

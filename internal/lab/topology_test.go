@@ -23,15 +23,15 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
-// echo starts both echo servers on an address.
+// echo starts both echo servers on an address, on ports of the kernel's choice.
 func echo(t *testing.T, ns *lab.NS, a netip.Addr) (tcp, udp netip.AddrPort) {
 	t.Helper()
-	s, err := lab.EchoTCP(ns, netip.AddrPortFrom(a, 7))
+	s, err := lab.EchoTCP(ns, netip.AddrPortFrom(a, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
 	labtest.Close(t, s.Close)
-	u, err := lab.EchoUDP(ns, netip.AddrPortFrom(a, 7))
+	u, err := lab.EchoUDP(ns, netip.AddrPortFrom(a, 0))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -110,7 +110,7 @@ func (t *Topology) makeSwitch(o Options, next *NS, nextAddr Pair) (err error) {
 			return err
 		}
 	}
-	return t.Switch.awaitUp("br0")
+	return t.Switch.awaitReady("br0")
 }
 
 // makeRemote gives the remote node its addresses, and both nodes the routes to
