@@ -126,7 +126,7 @@ func TestWatchSurvivesOverflow(t *testing.T) {
 
 	addAddr(t, "eth0", "10.0.3.15/24", nil)
 	<-entered // changed is blocked now
-	for i := range 3000 {
+	for i := range 1000 {
 		r := &netlink.Route{Dst: ipNet(fmt.Sprintf("10.9.%d.%d/32", i/256, i%256)), LinkIndex: eth0.Attrs().Index, Scope: netlink.SCOPE_LINK}
 		must(t, netlink.RouteAdd(r))
 	}
