@@ -89,11 +89,8 @@ func EchoTCP(ns *NS, local netip.AddrPort) (*Server, error) {
 	s.done.Go(func() {
 		for {
 			c, err := l.Accept()
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
 			if err != nil {
-				continue // a client that gave up while it was queued
+				return // closed, or out of descriptors: clients then time out
 			}
 			s.serve(c, func(c net.Conn) {
 				if _, err := io.WriteString(c, greet(c.RemoteAddr())); err == nil {
@@ -120,13 +117,11 @@ func EchoUDP(ns *NS, local netip.AddrPort) (*Server, error) {
 		buf := make([]byte, 1<<16)
 		for {
 			n, peer, err := c.ReadFrom(buf)
-			if errors.Is(err, net.ErrClosed) {
+			if err != nil {
 				return
 			}
-			if err == nil {
-				// An answer that can't be sent is a time-out of the client.
-				c.WriteTo(append([]byte(greet(peer)), buf[:n]...), peer)
-			}
+			// An answer that can't be sent is a time-out of the client.
+			c.WriteTo(append([]byte(greet(peer)), buf[:n]...), peer)
 		}
 	})
 	return s, nil
