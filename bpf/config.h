@@ -8,8 +8,6 @@
 
 /* bpf_ktime_get_coarse_ns, kernel 5.11: the tick's clock, 80 ns cheaper than reading the TSC. */
 volatile const __u8 have_coarse_clock = 0;
-/* bpf_loop, kernel 5.17: the port search is verified once instead of once a candidate. */
-volatile const __u8 have_loop = 0;
 /* BPF_F_IPV6 of bpf_l4_csum_replace, kernel 6.16 and stable trees: an IPv6 address and the
  * checksum that covers it cancel out, so skb->csum (CHECKSUM_COMPLETE) must not move. */
 volatile const __u8 have_csum_ipv6 = 0;
@@ -26,10 +24,9 @@ volatile const __u8 have_csum_ipv6 = 0;
 #define DEVICE_ENTRIES 1024
 /* IPv6 extension headers walked before the chain is refused. */
 #define MAX_EXTENSIONS 6
-/* Port candidates tried for a new mapping: with bpf_loop and without. A pool of up to 2048
- * ports has at most 2048 slots of a power of two, so the first number searches it completely. */
+/* Slots searched for a new mapping after the own port. A pool of up to 2048 ports lies in at most
+ * 2048 slots, so it is searched completely; of a larger one at least half the slots hold a port. */
 #define MAX_CANDIDATES 2048
-#define MAX_CANDIDATES_NO_LOOP 640
 /* Records of one run of the reaper. */
 #define REAP_BATCH 64
 /* Seconds an external port may be held by a half-made mapping (a crash between two inserts). */

@@ -131,8 +131,9 @@ struct policy_trie {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, POLICY_ENTRIES);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct prefix);
-	__type(value, struct rule);
+	/* Sizes, not types: clang leaves types behind two pointers out of the BTF. */
+	__uint(key_size, sizeof(struct prefix));
+	__uint(value_size, sizeof(struct rule));
 };
 
 enum trie { TRIE_SOURCE = 0, TRIE_DESTINATION = 1, TRIES = 2 };
@@ -143,8 +144,8 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 2 * TRIES);
 	__type(key, __u32);
-	__array(values, struct policy_trie);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
+	__array(values, struct policy_trie);
 } policies SEC(".maps");
 
 enum timer {
@@ -161,7 +162,7 @@ enum timer {
 enum unknown_protocols { UNKNOWN_MASQUERADE = 0, UNKNOWN_DROP, UNKNOWN_PASS };
 
 /* The part of the policy that is no prefix; one element a generation. */
-struct settings {
+struct setting {
 	__u32 enabled[2]; /* by enum family */
 	__u32 unknown_protocols; /* enum unknown_protocols */
 	__u32 timeout[TIMERS]; /* seconds */
@@ -175,11 +176,11 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 2);
 	__type(key, __u32);
-	__type(value, struct settings);
+	__type(value, struct setting);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } settings SEC(".maps");
 
-struct control {
+struct state {
 	__u32 active; /* generation in force; ~0 before the first apply */
 	__u32 layout; /* MAP_LAYOUT of the writer */
 	__u32 learn_until; /* second until which any arriving TCP packet opens an inbound connection */
@@ -191,7 +192,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct control);
+	__type(value, struct state);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } control SEC(".maps");
 
@@ -207,6 +208,43 @@ struct {
 	__type(value, struct device);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } devices SEC(".maps");
+
+enum pool {
+	POOL_PORTS, /* settings.port */
+	POOL_IDENTIFIERS, /* 0-65535 (ICMP) */
+	POOL_OWN, /* only the packet's own port: none at all, or one that we can't rewrite (SCTP) */
+};
+
+/* A search for an external port; see claim.h. */
+struct claim {
+	__u32 start, stride, slots, size;
+	__u32 outcome; /* enum outcome */
+	__u8 pool; /* enum pool */
+	__u8 bits; /* FLOW_* of the reverse entry */
+	__u8 reused; /* the reverse entry was ours already */
+	__u8 pad;
+};
+
+/* What the stages hand to each other. In a map and not on the stack, because the verifier tracks
+ * every byte of a stack: each combination of header kinds would be a state of its own in all
+ * that follows (more than a million instructions). Map memory it takes as unknown. Programs of
+ * the tc hooks run with soft interrupts disabled, so one slot a CPU is enough. */
+struct scratch {
+	struct packet packet;
+	struct packet quote; /* the packet that an ICMP error quotes */
+	struct tuple flow; /* the forward key at egress, the reverse key at ingress */
+	struct tuple reverse; /* egress: the reverse key that belongs to it, or a candidate */
+	struct endpoint to; /* the translation */
+	struct endpoint owner; /* what a reverse entry says */
+	struct claim claim;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} scratch SEC(".maps");
 
 enum direction { EGRESS = 0, INGRESS = 1 };
 

@@ -10,6 +10,13 @@ struct addr {
 	__be32 w[4];
 };
 
+/* One side of a flow. */
+struct endpoint {
+	struct addr addr;
+	__be16 port; /* or ICMP identifier; 0 where a protocol has none */
+	__u16 pad;
+};
+
 enum family { FAMILY_IPV4 = 0, FAMILY_IPV6 = 1 };
 
 /* What the transport header gives for a flow's key. */
@@ -33,7 +40,7 @@ struct packet {
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 first_fragment; /* more fragments follow */
-	__u8 pad;
+	__u8 unkeyed; /* an ICMP error whose quote names no flow */
 	__be32 fragment_id;
 	__u32 l3, l4; /* offsets of the headers from the start of the data */
 	__u32 end; /* offset behind the packet, by the IP header */
@@ -71,6 +78,18 @@ static __always_inline bool addr_is_zero(const struct addr *a)
 static __always_inline bool addr_is_v4_mapped(const struct addr *a)
 {
 	return !(a->w[0] | a->w[1]) && a->w[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline bool is_multicast(const struct addr *a)
+{
+	if (addr_is_v4_mapped(a))
+		return (a->w[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000);
+	return (a->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
+}
+
+static __always_inline bool endpoint_is(const struct endpoint *e, const struct addr *addr, __be16 port)
+{
+	return e->port == port && addr_equal(&e->addr, addr);
 }
 
 static __always_inline bool is_ipv4(const struct packet *pkt)

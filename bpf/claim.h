@@ -1,0 +1,159 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* New mappings: choosing an external port and reserving it.
+ *
+ * The candidates are a function of the inner socket alone: first its own port, then a walk
+ * through the pool with a keyed start and an odd stride. No destination goes in, so a socket
+ * gets the same external port towards everybody while it is free there (RFC 4787 REQ-1), and the
+ * same again after a loss of state. The slots are a power of two, so an odd stride visits each
+ * one once.
+ *
+ * Reserving is inserting the reverse entry if absent; the bucket lock makes that atomic.
+ * Order: reverse, forward, then the packet leaves, so no reply can miss. A crash in between
+ * leaves an orphan that the reaper takes.
+ */
+#pragma once
+
+#include "decide.h"
+#include "flow.h"
+
+static __always_inline bool port_in_pool(const struct setting *set, __be16 port)
+{
+	__u32 p = bpf_ntohs(port);
+
+	return set->in_pool[(p >> 6) & 1023] >> (p & 63) & 1;
+}
+
+/* Does a socket of the node hold the candidate: connected to this remote, bound or listening? */
+static __noinline bool claim_node_owns(struct __sk_buff *skb, const struct tuple *t)
+{
+	struct bpf_sock_tuple k = {};
+	struct bpf_sock *sk;
+	__u32 size;
+
+	if (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP)
+		return false;
+	if (tuple_is_ipv4(t)) {
+		k.ipv4.saddr = t->remote.w[3];
+		k.ipv4.daddr = t->local.w[3];
+		k.ipv4.sport = t->rport;
+		k.ipv4.dport = t->lport;
+		size = sizeof(k.ipv4);
+	} else {
+		__builtin_memcpy(k.ipv6.saddr, &t->remote, 16);
+		__builtin_memcpy(k.ipv6.daddr, &t->local, 16);
+		k.ipv6.sport = t->rport;
+		k.ipv6.dport = t->lport;
+		size = sizeof(k.ipv6);
+	}
+	if (t->proto == IPPROTO_TCP)
+		sk = bpf_skc_lookup_tcp(skb, &k, size, BPF_F_CURRENT_NETNS, 0);
+	else
+		sk = bpf_sk_lookup_udp(skb, &k, size, BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return false;
+	bpf_sk_release(sk);
+	return true;
+}
+
+/* Candidate number i; false if the slot holds none. */
+static __always_inline bool claim_candidate(const struct scratch *s, const struct setting *set, __u32 i,
+					    __be16 *port)
+{
+	const struct claim *c = &s->claim;
+	__u32 slot;
+
+	if (i == 0) {
+		*port = s->flow.lport;
+		return c->pool != POOL_PORTS || port_in_pool(set, *port);
+	}
+	slot = (c->start + i * c->stride) & (c->slots - 1);
+	if (slot >= c->size)
+		return false;
+	*port = bpf_htons(c->pool == POOL_PORTS ? set->port[slot & 0xffff] : slot);
+	return true;
+}
+
+/* Tries candidate i of the claim in the scratch space; 1 ends the search.
+ *
+ * A global function: the verifier checks it once and not once a candidate. Such a function takes
+ * only the context and numbers (before kernel 5.12), so it looks the rest up itself. */
+__noinline int claim_try(struct __sk_buff *skb, __u32 i)
+{
+	__u32 zero = 0, generation = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	struct setting *set = policy_settings(&generation);
+	struct flow entry = {};
+	__be16 port;
+	long err;
+
+	if (!s || !set)
+		return 1;
+	if (!claim_candidate(s, set, i, &port))
+		return 0;
+	s->reverse.lport = port;
+	if (flow_find(REVERSE, &s->reverse, &s->owner)) {
+		if (!endpoint_is(&s->owner, &s->flow.local, s->flow.lport))
+			return 0;
+		/* Ours: another CPU is ahead with this flow, or its forward half was lost. */
+		s->claim.reused = 1;
+		s->claim.outcome = OUT_CONTINUE;
+		return 1;
+	}
+	if (!(s->claim.bits & FLOW_HOST) && claim_node_owns(skb, &s->reverse))
+		return 0;
+	entry.seen = entry.created = now_seconds();
+	entry.port = s->flow.lport;
+	entry.bits = s->claim.bits;
+	err = flow_add(REVERSE, &s->reverse, &entry, &s->flow.local);
+	if (err == -EEXIST)
+		return 0;
+	s->claim.outcome = !err ? OUT_CONTINUE : err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
+	return 1;
+}
+
+/* Mixes the inner socket with the node's seed. */
+static __always_inline __u64 claim_hash(const struct tuple *t, __u64 seed)
+{
+	const struct addr *a = &t->local;
+	__u64 h = seed ^ ((__u64)t->lport << 8 | t->proto);
+
+	h = (h ^ ((__u64)a->w[0] << 32 | a->w[1])) * 0x9e3779b97f4a7c15ULL;
+	h = (h ^ h >> 32 ^ ((__u64)a->w[2] << 32 | a->w[3])) * 0xbf58476d1ce4e5b9ULL;
+	h = (h ^ h >> 29) * 0x94d049bb133111ebULL;
+	return h ^ h >> 32;
+}
+
+static __always_inline void claim_aim(struct claim *c, const struct tuple *flow, __u32 ports)
+{
+	__u32 zero = 0, slots;
+	struct state *st = bpf_map_lookup_elem(&control, &zero);
+	__u64 h = claim_hash(flow, st ? st->seed : 0);
+
+	c->size = c->pool == POOL_PORTS ? ports : 65536;
+	slots = c->size ? c->size - 1 : 0;
+	slots |= slots >> 1;
+	slots |= slots >> 2;
+	slots |= slots >> 4;
+	slots |= slots >> 8;
+	c->slots = (slots & 0xffff) + 1;
+	c->start = h;
+	c->stride = h >> 32 | 1;
+	c->reused = 0;
+}
+
+/* Finds and reserves an external port for s->flow at the address in s->reverse. bits: FLOW_* of
+ * the mapping. OUT_CONTINUE: s->reverse is ours. */
+static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch *s,
+					  const struct setting *set, enum pool pool, __u8 bits)
+{
+	s->claim.pool = pool;
+	s->claim.bits = bits;
+	s->claim.outcome = pool == POOL_OWN ? OUT_DROP_PROTOCOL : OUT_DROP_NO_PORT;
+	claim_aim(&s->claim, &s->flow, set->ports);
+	/* The own port, and then the slots. */
+	for (int i = 0; i <= MAX_CANDIDATES; i++) {
+		if (claim_try(skb, i) || pool == POOL_OWN)
+			break;
+	}
+	return s->claim.outcome;
+}

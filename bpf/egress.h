@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What leaves: known flows are translated, the node's own packets guarded, new flows mapped.
+ * Fail closed: past line 9 every path ends in a translation or in a drop.
+ */
+#pragma once
+
+#include "claim.h"
+#include "fragment.h"
+#include "inbound.h"
+#include "quote.h"
+
+/* Writes the external socket into the packet. */
+static __always_inline enum outcome egress_translate(struct __sk_buff *skb, struct scratch *s,
+						     enum outcome out)
+{
+	if (s->packet.first_fragment)
+		fragment_note(&s->packet, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
+	return rewrite(skb, &s->packet, SOURCE, &s->to) ? OUT_DROP_REWRITE : out;
+}
+
+/* An ICMP error about a mapped flow: the quote must be the remote's view. The outer source is
+ * translated too, unless it is the node that complains. Neither refreshes the mapping (RFC 5508
+ * REQ-6). Without a mapping, the flow becomes the quoted packet's, if it has one. */
+static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratch *s)
+{
+	struct packet *pkt = &s->packet;
+	struct rule *r = NULL;
+	__u32 generation = 0;
+
+	if (!quote_parse(skb, pkt, &s->quote)) {
+		pkt->unkeyed = 1;
+		return OUT_CONTINUE;
+	}
+	tuple_arriving(&s->flow, &s->quote); /* the quote came towards us */
+	if (!flow_find(FORWARD, &s->flow, &s->to))
+		return OUT_CONTINUE;
+	if (quote_rewrite(skb, pkt, &s->quote, DESTINATION, &s->to))
+		return OUT_DROP_REWRITE;
+	if (policy_settings(&generation))
+		r = policy_lookup(generation, TRIE_SOURCE, &pkt->src);
+	if (r && r->outcome == OUT_PASS_HOST)
+		return OUT_MASQ_ERROR;
+	if (!is_ipv4(pkt) &&
+	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->src, &s->to.addr)))
+		return OUT_DROP_REWRITE;
+	return rewrite_addr(skb, pkt, SOURCE, &s->to.addr) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
+}
+
+/* The reverse half of the flow at hand, if there is one; its content goes to s->owner. */
+static __always_inline struct flow *egress_reverse(struct scratch *s)
+{
+	s->reverse = s->flow;
+	s->reverse.local = s->to.addr;
+	s->reverse.lport = s->to.port;
+	return flow_find(REVERSE, &s->reverse, &s->owner);
+}
+
+/* Once a second and flow: the reverse half must still be there and ours. It heals if it was
+ * lost; false if another flow has the port now, then this one needs a new mapping. */
+static __noinline bool egress_confirm(struct scratch *s, __u8 bits, __u32 now)
+{
+	struct flow entry = { .seen = now, .created = now, .port = s->flow.lport };
+
+	if (egress_reverse(s))
+		return endpoint_is(&s->owner, &s->flow.local, s->flow.lport);
+	entry.bits = bits & FLOW_HOST;
+	return flow_add(REVERSE, &s->reverse, &entry, &s->flow.local) == 0;
+}
+
+/* A SYN on a mapping that has seen more than SYNs opens a new connection on it: both halves
+ * start again, so that it does not run on the old one's timer. */
+static __noinline void egress_reopen(struct scratch *s)
+{
+	struct flow *r = egress_reverse(s);
+
+	if (r) {
+		r->bits &= FLOW_HOST;
+		r->packets = 0;
+	}
+}
+
+/* A packet of a known flow; OUT_CONTINUE if its mapping had to be given up. */
+static __always_inline enum outcome egress_known(struct __sk_buff *skb, struct scratch *s,
+						 struct flow *f)
+{
+	__u32 now = now_seconds();
+
+	if (f->seen != now && !egress_confirm(s, f->bits, now)) {
+		flow_delete(FORWARD, &s->flow);
+		return OUT_CONTINUE;
+	}
+	if (is_opening(&s->packet) && f->bits & (FLOW_DATA | FLOW_FIN | FLOW_RST)) {
+		egress_reopen(s);
+		f->bits &= FLOW_HOST;
+		f->created = now;
+	}
+	flow_touch(f, &s->packet, now);
+	if (!(f->bits & FLOW_HOST))
+		return egress_translate(skb, s, OUT_MASQ_KNOWN);
+	if (endpoint_is(&s->to, &s->packet.src, s->packet.sport))
+		return OUT_PASS_HOST;
+	return egress_translate(skb, s, OUT_MASQ_HOST);
+}
+
+/* Which ports a new mapping may get. SCTP's checksum can't follow a port, so it keeps its own. */
+static __always_inline enum pool egress_pool(const struct packet *pkt)
+{
+	if (pkt->kind == KIND_BARE || pkt->proto == IPPROTO_SCTP)
+		return POOL_OWN;
+	return pkt->kind == KIND_QUERY ? POOL_IDENTIFIERS : POOL_PORTS;
+}
+
+/* Maps a new flow to a port of s->to's address and translates its first packet. bits: FLOW_HOST
+ * for the node's own. */
+static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch *s, __u8 bits)
+{
+	struct packet *pkt = &s->packet;
+	struct flow entry = { .packets = pkt->segments, .bytes = pkt->bytes };
+	struct setting *set;
+	__u32 generation = 0;
+	enum outcome out;
+	long err;
+
+	set = policy_settings(&generation);
+	if (!set)
+		return OUT_DROP_NO_POLICY;
+	s->reverse = s->flow;
+	s->reverse.local = s->to.addr;
+	out = claim_port(skb, s, set, egress_pool(pkt), bits);
+	if (out)
+		return pkt->proto == IPPROTO_SCTP && out == OUT_DROP_PROTOCOL ? OUT_DROP_NO_PORT : out;
+
+	s->to.port = s->reverse.lport;
+	entry.seen = entry.created = now_seconds();
+	entry.port = s->to.port;
+	entry.bits = flow_bits(bits, pkt);
+	err = flow_add(FORWARD, &s->flow, &entry, &s->to.addr);
+	if (err == -EEXIST) {
+		/* Another CPU was faster with this flow: its mapping is the flow's. */
+		struct flow *f = flow_find(FORWARD, &s->flow, &s->to);
+
+		if (!s->claim.reused && (!f || s->to.port != s->reverse.lport))
+			flow_delete(REVERSE, &s->reverse);
+		if (!f)
+			return OUT_DROP_MAP_ERROR;
+		flow_touch(f, pkt, entry.seen);
+	} else if (err) {
+		if (!s->claim.reused)
+			flow_delete(REVERSE, &s->reverse);
+		return err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
+	}
+	if (bits & FLOW_HOST && s->to.port == pkt->sport)
+		return OUT_PASS_HOST;
+	return egress_translate(skb, s, bits & FLOW_HOST ? OUT_MASQ_HOST : OUT_MASQ_NEW);
+}
+
+/* Does a packet of the node need a mapping of its own? Whoever came first keeps a tuple: if a
+ * pod's mapping has it, the node's flow gets another port. ICMP queries and protocols without
+ * ports have no socket that could be looked up, so the node claims them as it uses them. */
+static __noinline bool egress_host_claims(struct scratch *s, const struct setting *set,
+					  enum outcome pass)
+{
+	const struct packet *pkt = &s->packet;
+
+	if (pkt->defect)
+		return false;
+	if (pkt->kind == KIND_PORTS)
+		return port_in_pool(set, pkt->sport) && flow_find(REVERSE, &s->flow, &s->owner);
+	if (pass != OUT_PASS_HOST || (pkt->kind != KIND_QUERY && pkt->kind != KIND_BARE))
+		return false;
+	return !is_multicast(&pkt->dst);
+}
+
+/* Line 10: may this packet be masqueraded, and with which address? OUT_CONTINUE: do it. */
+static __always_inline enum outcome egress_admit(struct __sk_buff *skb, struct scratch *s,
+						 const struct setting *set)
+{
+	const struct packet *pkt = &s->packet;
+	__u32 ifindex = skb->ifindex;
+	struct device *dev = bpf_map_lookup_elem(&devices, &ifindex);
+
+	if (!dev)
+		return OUT_PASS_DEVICE;
+	if (pkt->defect)
+		return pkt->defect;
+	if (is_stray(pkt))
+		return OUT_DROP_STRAY;
+	if (pkt->kind == KIND_BARE && set->unknown_protocols == UNKNOWN_PASS)
+		return OUT_PASS_PROTOCOL;
+	if (pkt->kind == KIND_BARE && set->unknown_protocols == UNKNOWN_DROP)
+		return OUT_DROP_PROTOCOL;
+	if (pkt->kind == KIND_CONTROL)
+		return OUT_DROP_PROTOCOL;
+	s->to.addr = dev->addr[pkt->family & 1];
+	return addr_is_zero(&s->to.addr) ? OUT_DROP_NO_ADDRESS : OUT_CONTINUE;
+}
+
+/* A packet of no known flow. */
+static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scratch *s)
+{
+	struct packet *pkt = &s->packet;
+	bool keyed = !pkt->defect && !pkt->unkeyed && pkt->kind != KIND_CONTROL;
+	struct setting *set;
+	__u32 generation = 0;
+	__u8 bits = 0;
+	enum outcome out, mapped;
+
+	set = policy_settings(&generation);
+	if (!set)
+		return OUT_DROP_NO_POLICY;
+	out = decide(pkt, generation, set);
+	if (out == OUT_PASS_HOST || out == OUT_PASS_DISABLED) {
+		if (!egress_host_claims(s, set, out))
+			return out;
+		s->to.addr = pkt->src;
+		bits = FLOW_HOST;
+	} else if (out) {
+		return out;
+	} else if (keyed && is_opening(pkt)) {
+		inbound_delete(&s->flow);
+	} else if (keyed && inbound_answers(&s->flow, pkt, set)) {
+		if (pkt->first_fragment)
+			fragment_note(pkt, EGRESS, &pkt->src, OUT_PASS_INBOUND);
+		return OUT_PASS_INBOUND;
+	}
+	if (!bits)
+		out = egress_admit(skb, s, set);
+	if (!bits && out)
+		return out;
+	mapped = egress_map(skb, s, bits);
+	/* The node's packet is not dropped because no mapping was to be had. */
+	return bits && mapped >= FIRST_DROP && mapped != OUT_DROP_REWRITE ? out : mapped;
+}
+
+static __always_inline enum outcome egress(struct __sk_buff *skb, struct scratch *s)
+{
+	struct packet *pkt = &s->packet;
+	struct flow *f;
+	enum outcome out = OUT_CONTINUE;
+
+	tuple_leaving(&s->flow, pkt);
+	if (pkt->kind == KIND_LATER)
+		out = fragment_follow(skb, pkt, EGRESS);
+	else if (pkt->defect || pkt->kind == KIND_CONTROL)
+		out = OUT_CONTINUE;
+	else if (pkt->kind == KIND_ERROR)
+		out = egress_error(skb, s);
+	else if ((f = flow_find(FORWARD, &s->flow, &s->to)))
+		out = egress_known(skb, s, f);
+	return out ?: egress_unknown(skb, s);
+}

@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The flow tables: look up, insert, delete and refresh, for both families alike. The family
+ * ends here: a table of IPv4 flows has short keys and values, nothing else differs.
+ */
+#pragma once
+
+#include "maps.h"
+
+enum table { FORWARD, REVERSE };
+
+static __always_inline __u32 now_seconds(void)
+{
+	/* Monotonic: a step of the wall clock ends no flow. */
+	return (have_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns()) / 1000000000ULL;
+}
+
+static __always_inline bool tuple_is_ipv4(const struct tuple *t)
+{
+	return addr_is_v4_mapped(&t->local);
+}
+
+static __always_inline void tuple_shorten(const struct tuple *t, struct tuple4 *k)
+{
+	*k = (struct tuple4){
+		.local = t->local.w[3],
+		.remote = t->remote.w[3],
+		.lport = t->lport,
+		.rport = t->rport,
+		.proto = t->proto,
+	};
+}
+
+/* The tuple of a packet that leaves: its source is the local side. */
+static __always_inline void tuple_leaving(struct tuple *t, const struct packet *pkt)
+{
+	*t = (struct tuple){
+		.local = pkt->src,
+		.remote = pkt->dst,
+		.lport = pkt->sport,
+		.rport = pkt->dport,
+		.proto = pkt->proto,
+	};
+}
+
+/* The tuple of a packet that arrives. */
+static __always_inline void tuple_arriving(struct tuple *t, const struct packet *pkt)
+{
+	*t = (struct tuple){
+		.local = pkt->dst,
+		.remote = pkt->src,
+		.lport = pkt->dport,
+		.rport = pkt->sport,
+		.proto = pkt->proto,
+	};
+}
+
+/* 16 bits of the key, kept in the value. A preallocated element may be recycled for another
+ * flow while we still read it; then the tag differs, and the look-up counts as a miss. */
+static __always_inline __u64 flow_tag(const struct tuple *t)
+{
+	__u32 h = t->local.w[3] ^ (t->remote.w[3] * 0x9e3779b1) ^ (t->remote.w[1] * 0x85ebca6b) ^
+		  t->local.w[2] ^ ((__u32)t->lport << 16 | t->rport) ^ t->proto;
+
+	h *= 0xc2b2ae35;
+	return (__u64)(h >> 16) << 48;
+}
+
+#define FLOW_TAG_MASK (0xffffULL << 48)
+
+/* Finds the entry of t and copies the translated address and port out. */
+static __always_inline struct flow *flow_find(enum table table, const struct tuple *t,
+					      struct endpoint *to)
+{
+	struct flow *f;
+
+	if (tuple_is_ipv4(t)) {
+		struct tuple4 k;
+		struct flow4 *v;
+
+		tuple_shorten(t, &k);
+		v = table == FORWARD ? bpf_map_lookup_elem(&forward4, &k) :
+				       bpf_map_lookup_elem(&reverse4, &k);
+		if (!v)
+			return NULL;
+		addr_from_ipv4(&to->addr, v->addr);
+		f = &v->flow;
+	} else {
+		struct flow6 *v = table == FORWARD ? bpf_map_lookup_elem(&forward6, t) :
+						     bpf_map_lookup_elem(&reverse6, t);
+
+		if (!v)
+			return NULL;
+		to->addr = v->addr;
+		f = &v->flow;
+	}
+	to->port = f->port;
+	asm volatile("" ::: "memory"); /* the tag is read last */
+	return (f->bytes & FLOW_TAG_MASK) == flow_tag(t) ? f : NULL;
+}
+
+/* Inserts an entry for t unless there is one: 0, or -EEXIST, -E2BIG (full), another errno. */
+static __noinline long flow_add(enum table table, const struct tuple *t, struct flow *f,
+				     const struct addr *addr)
+{
+	f->bytes |= flow_tag(t);
+	if (tuple_is_ipv4(t)) {
+		struct flow4 v = { .flow = *f, .addr = addr->w[3] };
+		struct tuple4 k;
+
+		tuple_shorten(t, &k);
+		return table == FORWARD ? bpf_map_update_elem(&forward4, &k, &v, BPF_NOEXIST) :
+					  bpf_map_update_elem(&reverse4, &k, &v, BPF_NOEXIST);
+	} else {
+		struct flow6 v = { .flow = *f, .addr = *addr };
+
+		return table == FORWARD ? bpf_map_update_elem(&forward6, t, &v, BPF_NOEXIST) :
+					  bpf_map_update_elem(&reverse6, t, &v, BPF_NOEXIST);
+	}
+}
+
+static __always_inline void flow_delete(enum table table, const struct tuple *t)
+{
+	if (tuple_is_ipv4(t)) {
+		struct tuple4 k;
+
+		tuple_shorten(t, &k);
+		if (table == FORWARD)
+			bpf_map_delete_elem(&forward4, &k);
+		else
+			bpf_map_delete_elem(&reverse4, &k);
+	} else if (table == FORWARD) {
+		bpf_map_delete_elem(&forward6, t);
+	} else {
+		bpf_map_delete_elem(&reverse6, t);
+	}
+}
+
+/* The TCP flags of a packet as FLOW_* bits, over what was seen before. A RST that the
+ * connection survives is forgotten at the next packet of its direction (RFC 6146 3.5.2.2). */
+static __always_inline __u8 flow_bits(__u8 bits, const struct packet *pkt)
+{
+	if (pkt->proto != IPPROTO_TCP)
+		return bits;
+	bits &= ~FLOW_RST;
+	if (pkt->tcp_flags & TCP_RST)
+		return bits | FLOW_RST;
+	if (pkt->tcp_flags & TCP_FIN)
+		bits |= FLOW_FIN;
+	return bits | (pkt->tcp_flags & TCP_SYN ? FLOW_SYN : FLOW_DATA);
+}
+
+/* Notes a packet of this direction. Plain additions: one flow's packets of one direction
+ * arrive on one CPU; if they do not, a count may be lost, nothing else. */
+static __always_inline void flow_touch(struct flow *f, const struct packet *pkt, __u32 now)
+{
+	__u8 bits = flow_bits(f->bits, pkt);
+
+	if (f->seen != now)
+		f->seen = now;
+	if (f->bits != bits)
+		f->bits = bits;
+	f->packets += pkt->segments;
+	f->bytes += pkt->bytes;
+}
+
+/* Which timer a mapping runs on, from what both directions have seen. Half-closed TCP keeps the
+ * long timer; a RST or both FINs start the short one (RFC 7857 section 2). */
+static __always_inline __u32 flow_timer(const struct tuple *t, __u8 forward, __u8 reverse, bool answered)
+{
+	switch (t->proto) {
+	case IPPROTO_TCP:
+		if ((forward | reverse) & FLOW_RST || (forward & reverse) & FLOW_FIN)
+			return TIMER_TCP_CLOSING;
+		return answered && (forward & FLOW_DATA) ? TIMER_TCP_ESTABLISHED : TIMER_TCP_SYN;
+	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
+		return answered ? TIMER_UDP_STREAM : TIMER_UDP;
+	case IPPROTO_ICMP:
+	case PROTO_ICMPV6:
+		return TIMER_ICMP;
+	}
+	return TIMER_OTHER;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Fragments: the first one has the ports and is told what to do; it leaves a note for the later
+ * ones, which have none. Fragments in order are translated; one that comes before its first is
+ * dropped at egress (fail closed) and left to the node at ingress.
+ */
+#pragma once
+
+#include "flow.h"
+#include "rewrite.h"
+
+static __always_inline void fragment_key(struct datagram *k, const struct packet *pkt,
+					 enum direction direction)
+{
+	*k = (struct datagram){
+		.src = pkt->src,
+		.dst = pkt->dst,
+		.id = pkt->fragment_id,
+		.proto = pkt->proto,
+		.ingress = direction == INGRESS,
+	};
+}
+
+/* After the first fragment's verdict; src and dst of pkt are still those of the wire before us. */
+static __noinline void fragment_note(const struct packet *pkt, enum direction direction,
+					  const struct addr *addr, enum outcome out)
+{
+	struct fragment v = { .addr = *addr, .seen = now_seconds(), .outcome = out };
+	struct datagram k;
+
+	fragment_key(&k, pkt, direction);
+	bpf_map_update_elem(&fragments, &k, &v, BPF_ANY);
+}
+
+/* Does to a later fragment what was done to its first; OUT_CONTINUE if there is no note. */
+static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct packet *pkt,
+						    enum direction direction)
+{
+	enum side side = direction == INGRESS ? DESTINATION : SOURCE;
+	struct fragment *v;
+	struct datagram k;
+	struct addr addr;
+
+	fragment_key(&k, pkt, direction);
+	v = bpf_map_lookup_elem(&fragments, &k);
+	if (!v || now_seconds() - v->seen > FRAGMENT_SECONDS)
+		return OUT_CONTINUE;
+	if (v->outcome != OUT_MASQ_FRAGMENT)
+		return v->outcome;
+	addr = v->addr;
+	return rewrite_addr(skb, pkt, side, &addr) ? OUT_DROP_REWRITE : OUT_MASQ_FRAGMENT;
+}

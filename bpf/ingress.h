@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What arrives: packets of a mapping go back to their inner socket, connections opened from
+ * outside are remembered. Nothing is ever dropped here but a packet that could not be rewritten:
+ * whatever belongs to no mapping is the node's affair.
+ */
+#pragma once
+
+#include "fragment.h"
+#include "inbound.h"
+#include "quote.h"
+
+/* An ICMP error about a mapped flow: the inner host must see its own packet in the quote. */
+static __noinline enum outcome ingress_error(struct __sk_buff *skb, struct scratch *s)
+{
+	struct packet *pkt = &s->packet;
+
+	if (!quote_parse(skb, pkt, &s->quote))
+		return OUT_PASS_NO_MAPPING;
+	tuple_leaving(&s->flow, &s->quote); /* the quote is what we sent */
+	if (!flow_find(REVERSE, &s->flow, &s->to))
+		return OUT_PASS_NO_MAPPING;
+	if (quote_rewrite(skb, pkt, &s->quote, SOURCE, &s->to))
+		return OUT_DROP_REWRITE;
+	if (!is_ipv4(pkt) &&
+	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->dst, &s->to.addr)))
+		return OUT_DROP_REWRITE;
+	return rewrite_addr(skb, pkt, DESTINATION, &s->to.addr) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
+}
+
+static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct scratch *s,
+						  struct flow *f)
+{
+	struct packet *pkt = &s->packet;
+	bool host = f->bits & FLOW_HOST;
+
+	flow_touch(f, pkt, now_seconds());
+	if (host && endpoint_is(&s->to, &pkt->dst, pkt->dport))
+		return OUT_PASS_HOST;
+	if (pkt->first_fragment)
+		fragment_note(pkt, INGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
+	if (rewrite(skb, pkt, DESTINATION, &s->to))
+		return OUT_DROP_REWRITE;
+	return host ? OUT_MASQ_HOST : OUT_MASQ_KNOWN;
+}
+
+static __always_inline enum outcome ingress(struct __sk_buff *skb, struct scratch *s)
+{
+	struct packet *pkt = &s->packet;
+	struct flow *f;
+	enum outcome out;
+
+	if (pkt->kind == KIND_LATER)
+		return fragment_follow(skb, pkt, INGRESS) ?: OUT_PASS_NO_MAPPING;
+	if (pkt->defect || pkt->kind == KIND_CONTROL)
+		return OUT_PASS_NO_MAPPING;
+	if (pkt->kind == KIND_ERROR)
+		return ingress_error(skb, s);
+	tuple_arriving(&s->flow, pkt);
+	f = flow_find(REVERSE, &s->flow, &s->to);
+	if (f)
+		return ingress_known(skb, s, f);
+	out = inbound_arrives(&s->flow, pkt);
+	if (out == OUT_PASS_INBOUND && pkt->first_fragment)
+		fragment_note(pkt, INGRESS, &pkt->dst, OUT_PASS_INBOUND);
+	return out;
+}

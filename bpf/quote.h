@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* ICMP errors: the packet they quote is what belongs to a flow, and it has to be rewritten too.
+ *
+ * A quote may be cut behind the first 8 bytes of its transport header (RFC 792), so every field
+ * is changed only if it is there. All changes lie inside the outer ICMP checksum's coverage: one
+ * summed difference corrects it.
+ */
+#pragma once
+
+#include "parse.h"
+#include "rewrite.h"
+
+#define ICMP_HEADER 8
+
+/* Reads the quoted packet. A quoted later fragment has no ports, so it names no flow. */
+static __noinline bool quote_parse(struct __sk_buff *skb, const struct packet *pkt,
+					struct packet *quote)
+{
+	*quote = (struct packet){ .family = pkt->family, .l3 = pkt->l4 + ICMP_HEADER };
+	if (parse_ip(skb, quote, true) || quote->defect)
+		return false;
+	return quote->kind == KIND_PORTS || quote->kind == KIND_QUERY || quote->kind == KIND_REPLY ||
+	       quote->kind == KIND_BARE;
+}
+
+static __always_inline __u16 csum_fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* One's complement difference of a 16-bit word. */
+static __always_inline __u32 word_diff(__be16 from, __be16 to)
+{
+	return (__u16)~from + (__u32)to;
+}
+
+static __always_inline __be16 csum_apply(__be16 sum, __u64 diff)
+{
+	return (__u16)~csum_fold((__u16)~sum + diff);
+}
+
+/* Changes a checksum inside the quote by diff; adds what that does to the outer checksum. */
+static __always_inline long quote_fix_checksum(struct __sk_buff *skb, __u32 offset, __u64 diff,
+					       bool udp, __u64 *total)
+{
+	__be16 old, new;
+
+	if (bpf_skb_load_bytes(skb, offset, &old, 2))
+		return -1;
+	if (udp && !old)
+		return 0;
+	new = csum_apply(old, diff);
+	if (udp && !new)
+		new = 0xffff;
+	*total += word_diff(old, new);
+	return bpf_skb_store_bytes(skb, offset, &new, 2, 0);
+}
+
+/* Translates one side of the quoted packet, and the outer ICMP checksum with it. */
+static __noinline long quote_rewrite(struct __sk_buff *skb, const struct packet *pkt,
+					  struct packet *quote, enum side side,
+					  struct endpoint *to)
+{
+	struct addr *from = packet_addr(quote, side);
+	__be16 old_port = packet_port(quote, side);
+	__u64 addr = addr_diff(quote, from, &to->addr);
+	__u64 total = addr, inner = has_pseudo_header(quote) ? addr : 0;
+	__u32 sum = checksum_offset(quote);
+
+	if (quote->kind != KIND_BARE) {
+		inner += word_diff(old_port, to->port);
+		total += word_diff(old_port, to->port);
+		if (bpf_skb_store_bytes(skb, quote->l4 + port_offset(quote, side), &to->port, 2, 0))
+			return -1;
+		sum = sum ? quote->l4 + sum : 0;
+		if (sum && sum + 2 <= pkt->end && sum + 2 <= skb->len &&
+		    quote_fix_checksum(skb, sum, inner, quote->proto == IPPROTO_UDP, &total))
+			return -1;
+	}
+	if (is_ipv4(quote)) {
+		if (quote_fix_checksum(skb, quote->l3 + 10, addr, false, &total) ||
+		    bpf_skb_store_bytes(skb, quote->l3 + (side == SOURCE ? 12 : 16), &to->addr.w[3], 4, 0))
+			return -1;
+	} else if (bpf_skb_store_bytes(skb, quote->l3 + (side == SOURCE ? 8 : 24), &to->addr, 16, 0)) {
+		return -1;
+	}
+	return bpf_l4_csum_replace(skb, pkt->l4 + 2, 0, csum_fold(total), 0);
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Expiry. The agent walks the tables and names candidates; this program, run by
+ * BPF_PROG_TEST_RUN, decides with the kernel's clock and both halves of the flow in hand, so a
+ * flow that spoke meanwhile survives. There is no compare-and-delete from user space.
+ */
+#pragma once
+
+#include "inbound.h"
+
+enum reap_table { REAP_FORWARD = 0, REAP_REVERSE = 1, REAP_INBOUND = 2 };
+
+struct reap_record {
+	struct tuple key;
+	__u8 table; /* enum reap_table */
+	__u8 force; /* delete whatever the timer says */
+	__u8 pad[2];
+	__u32 percent; /* of the timers; established TCP always has 100 */
+};
+
+_Static_assert(sizeof(struct reap_record) == 48, "records follow each other without gaps");
+
+/* Behind what BPF_PROG_TEST_RUN takes for an Ethernet header, aligned. */
+#define REAP_START 16
+
+static __always_inline bool reap_due(const struct setting *set, __u32 timer, __u32 percent, __u32 idle)
+{
+	__u64 limit;
+
+	if (timer >= TIMERS || (__s32)idle < 0)
+		return false;
+	limit = set->timeout[timer];
+	if (timer != TIMER_TCP_ESTABLISHED)
+		limit = limit * percent / 100;
+	return idle > limit;
+}
+
+static __always_inline int reap_forward(const struct reap_record *rec, const struct setting *set,
+					__u32 now)
+{
+	const struct tuple *t = &rec->key;
+	struct tuple rev = *t;
+	struct endpoint external, owner;
+	struct flow *f, *r;
+	__u32 seen, timer;
+	__u8 bits;
+
+	f = flow_find(FORWARD, t, &external);
+	if (!f)
+		return 0;
+	rev.local = external.addr;
+	rev.lport = external.port;
+	seen = f->seen;
+	bits = f->bits;
+	r = flow_find(REVERSE, &rev, &owner);
+	if (r && !endpoint_is(&owner, &t->local, t->lport))
+		r = NULL;
+	if (r && (__s32)(r->seen - seen) > 0)
+		seen = r->seen;
+	timer = flow_timer(t, bits, r ? r->bits : 0, r && r->packets);
+	if (!rec->force && !reap_due(set, timer, rec->percent, now - seen))
+		return 0;
+	/* Forward first: while both are there a packet may still use the mapping. */
+	flow_delete(FORWARD, t);
+	if (r)
+		flow_delete(REVERSE, &rev);
+	return 1;
+}
+
+/* Reverse entries end with their forward half; alone they are a crash's, or an eviction's. */
+static __always_inline int reap_reverse(const struct reap_record *rec, __u32 now)
+{
+	const struct tuple *t = &rec->key;
+	struct tuple fwd = *t;
+	struct endpoint inner, external;
+	struct flow *r;
+
+	r = flow_find(REVERSE, t, &inner);
+	if (!r)
+		return 0;
+	fwd.local = inner.addr;
+	fwd.lport = inner.port;
+	if (!rec->force) {
+		if ((__s32)(now - r->created) <= ORPHAN_SECONDS)
+			return 0;
+		if (flow_find(FORWARD, &fwd, &external) &&
+		    endpoint_is(&external, &t->local, t->lport))
+			return 0;
+	}
+	flow_delete(REVERSE, t);
+	return 1;
+}
+
+static __always_inline int reap_inbound(const struct reap_record *rec, const struct setting *set,
+					__u32 now)
+{
+	struct inbound *in = inbound_find(&rec->key);
+
+	if (!in)
+		return 0;
+	if (!rec->force &&
+	    !reap_due(set, inbound_timer(&rec->key, in->bits), rec->percent, now - in->seen))
+		return 0;
+	inbound_delete(&rec->key);
+	return 1;
+}
+
+/* Global, so that the verifier checks it once and not once a record. */
+__noinline int reap_record_at(struct __sk_buff *skb, __u32 offset)
+{
+	struct reap_record rec;
+	struct setting *set;
+	__u32 generation = 0;
+
+	if (bpf_skb_load_bytes(skb, offset, &rec, sizeof(rec)))
+		return -1;
+	set = policy_settings(&generation);
+	if (!set)
+		return -1;
+	switch (rec.table) {
+	case REAP_FORWARD:
+		return reap_forward(&rec, set, now_seconds());
+	case REAP_REVERSE:
+		return reap_reverse(&rec, now_seconds());
+	case REAP_INBOUND:
+		return reap_inbound(&rec, set, now_seconds());
+	}
+	return -1;
+}
+
+static __always_inline int reap_records(struct __sk_buff *skb)
+{
+	int removed = 0;
+
+	for (int i = 0; i < REAP_BATCH; i++) {
+		int n = reap_record_at(skb, REAP_START + i * sizeof(struct reap_record));
+
+		if (n < 0)
+			break;
+		removed += n;
+	}
+	return removed;
+}

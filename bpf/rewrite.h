@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Writes an address and a port and keeps every checksum true.
+ *
+ * Only incremental changes: right for CHECKSUM_PARTIAL (the helpers know), for GSO packets
+ * (segmentation copies the header) and for truncated ones. On an error the packet may be
+ * half written: the caller must drop it.
+ */
+#pragma once
+
+#include "packet.h"
+
+/* Missing in older UAPI headers; kernel 6.16. */
+#define CSUM_IPV6 (1ULL << 7)
+
+enum side { SOURCE, DESTINATION };
+
+/* Offset of the checksum in the transport header, 0 if there is none that we maintain. SCTP's
+ * CRC covers no address. */
+static __always_inline __u32 checksum_offset(const struct packet *pkt)
+{
+	switch (pkt->proto) {
+	case IPPROTO_TCP:
+		return 16;
+	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
+		return 6;
+	case IPPROTO_ICMP:
+		return is_ipv4(pkt) ? 2 : 0;
+	case PROTO_ICMPV6:
+		return is_ipv4(pkt) ? 0 : 2;
+	}
+	return 0;
+}
+
+/* All but ICMPv4 sum a pseudo-header of the addresses. */
+static __always_inline bool has_pseudo_header(const struct packet *pkt)
+{
+	return pkt->proto != IPPROTO_ICMP;
+}
+
+/* Offset of the port, or of the ICMP identifier, on one side. */
+static __always_inline __u32 port_offset(const struct packet *pkt, enum side side)
+{
+	if (pkt->kind != KIND_PORTS)
+		return 4;
+	return side == SOURCE ? 0 : 2;
+}
+
+static __always_inline struct addr *packet_addr(struct packet *pkt, enum side side)
+{
+	return side == SOURCE ? &pkt->src : &pkt->dst;
+}
+
+static __always_inline __be16 packet_port(const struct packet *pkt, enum side side)
+{
+	return side == SOURCE ? pkt->sport : pkt->dport;
+}
+
+/* One's complement difference between two addresses of the packet's family. */
+static __always_inline __wsum addr_diff(const struct packet *pkt, struct addr *from, struct addr *to)
+{
+	if (is_ipv4(pkt))
+		return bpf_csum_diff(&from->w[3], 4, &to->w[3], 4, 0);
+	return bpf_csum_diff(from->w, 16, to->w, 16, 0);
+}
+
+/* Moves the transport checksum by the difference of an address. */
+static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const struct packet *pkt,
+						  __u32 offset, __wsum diff)
+{
+	__u64 flags = BPF_F_PSEUDO_HDR;
+	long err;
+
+	if (pkt->proto == IPPROTO_UDP)
+		flags |= BPF_F_MARK_MANGLED_0; /* a zero checksum stays zero, a new zero becomes 0xffff */
+	if (!is_ipv4(pkt) && have_csum_ipv6)
+		flags |= CSUM_IPV6;
+	err = bpf_l4_csum_replace(skb, offset, 0, diff, flags);
+	/* Before CSUM_IPV6 the helper also moved skb->csum, although an IPv6 address and the checksum
+	 * over it cancel out: put it back. An error here only says that there was none. */
+	if (!is_ipv4(pkt) && !have_csum_ipv6)
+		bpf_csum_update(skb, diff);
+	return err;
+}
+
+/* Writes the address in the IP header. */
+static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *pkt, enum side side,
+					 const struct addr *to)
+{
+	struct addr *from = packet_addr(pkt, side);
+
+	if (is_ipv4(pkt)) {
+		if (bpf_l3_csum_replace(skb, pkt->l3 + 10, from->w[3], to->w[3], 4))
+			return -1;
+		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 12 : 16), &to->w[3], 4, 0);
+	}
+	return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 8 : 24), to, 16, 0);
+}
+
+/* Translates one side of the packet. */
+static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, enum side side,
+				    struct endpoint *to)
+{
+	__u32 sum = checksum_offset(pkt);
+	__be16 old_port = packet_port(pkt, side);
+	struct addr *from = packet_addr(pkt, side);
+
+	if (pkt->kind != KIND_LATER && sum && has_pseudo_header(pkt) && !addr_equal(from, &to->addr)) {
+		if (rewrite_pseudo_header(skb, pkt, pkt->l4 + sum, addr_diff(pkt, from, &to->addr)))
+			return -1;
+	}
+	if (pkt->kind != KIND_LATER && pkt->kind != KIND_BARE && to->port != old_port) {
+		__u64 flags = 2 | (pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0);
+
+		if (sum && bpf_l4_csum_replace(skb, pkt->l4 + sum, old_port, to->port, flags))
+			return -1;
+		if (bpf_skb_store_bytes(skb, pkt->l4 + port_offset(pkt, side), &to->port, 2, 0))
+			return -1;
+	}
+	return rewrite_addr(skb, pkt, side, &to->addr);
+}
