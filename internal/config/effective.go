@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 )
@@ -9,7 +10,7 @@ import (
 // Effective is one option as it is in force. config validate prints them.
 type Effective struct {
 	Option string `json:"option"`
-	Value  string `json:"value"` // as written; empty: none
+	Value  string `json:"value"` // as written, lists with commas; empty: none
 	Source string `json:"source"`
 }
 
@@ -19,7 +20,13 @@ func effective(o Option, given []setting) Effective {
 	e := Effective{Option: o.Name}
 	var values, sources []string
 	for _, s := range given {
-		values = append(values, s.text())
+		value := s.text()
+		if s.kind == List {
+			value = strings.Join(s.split(), ",")
+		}
+		if !slices.Contains(values, value) {
+			values = append(values, value)
+		}
 		sources = append(sources, s.source)
 	}
 	e.Value = strings.Join(values, ",")

@@ -45,14 +45,14 @@ func (s setting) fromYAML(value any) (setting, error) {
 	if !isList {
 		text, ok := scalar(value)
 		if !ok {
-			return s, &Error{Msg: fmt.Sprintf("%s (%s): a mapping, expected a %s", s.name, s.source, s.kind)}
+			return s, s.misshapen("a mapping")
 		}
 		s.items = []string{text}
 		s.unset = value == nil || text == "" || text == auto
 		return s, nil
 	}
 	if s.kind != List {
-		return s, &Error{Msg: fmt.Sprintf("%s (%s): a list, expected a %s", s.name, s.source, s.kind)}
+		return s, s.misshapen("a list")
 	}
 	s.list = true
 	for i, v := range list {
@@ -67,6 +67,17 @@ func (s setting) fromYAML(value any) (setting, error) {
 	}
 	s.unset = len(list) == 0 || len(list) == 1 && s.items[0] == auto
 	return s, nil
+}
+
+func (s setting) misshapen(shape string) error {
+	expected := "one value"
+	if s.kind == List {
+		expected = "a list"
+	}
+	return &Error{
+		Msg:   fmt.Sprintf("%s (%s): %s, where %s is expected", s.name, s.source, shape, expected),
+		Hints: []string{"write " + s.name + ": VALUE"},
+	}
 }
 
 func scalar(v any) (string, bool) {
