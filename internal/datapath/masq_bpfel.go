@@ -13,6 +13,11 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type masqAddr struct {
+	_ structs.HostLayout
+	W [4]uint32
+}
+
 type masqCounter struct {
 	_       structs.HostLayout
 	Packets uint64
@@ -20,15 +25,9 @@ type masqCounter struct {
 }
 
 type masqDatagram struct {
-	_   structs.HostLayout
-	Src struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Dst struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_       structs.HostLayout
+	Src     masqAddr
+	Dst     masqAddr
 	Id      uint32
 	Proto   uint8
 	Ingress uint8
@@ -37,52 +36,36 @@ type masqDatagram struct {
 
 type masqDevice struct {
 	_    structs.HostLayout
-	Addr [2]struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	Addr [2]masqAddr
+}
+
+type masqFlow struct {
+	_       structs.HostLayout
+	Seen    uint32
+	Created uint32
+	Packets uint32
+	Port    uint16
+	Bits    uint8
+	Pad     uint8
+	Bytes   uint64
 }
 
 type masqFlow4 struct {
 	_    structs.HostLayout
-	Flow struct {
-		_       structs.HostLayout
-		Seen    uint32
-		Created uint32
-		Packets uint32
-		Port    uint16
-		Bits    uint8
-		Pad     uint8
-		Bytes   uint64
-	}
+	Flow masqFlow
 	Addr uint32
 	Pad  uint32
 }
 
 type masqFlow6 struct {
 	_    structs.HostLayout
-	Flow struct {
-		_       structs.HostLayout
-		Seen    uint32
-		Created uint32
-		Packets uint32
-		Port    uint16
-		Bits    uint8
-		Pad     uint8
-		Bytes   uint64
-	}
-	Addr struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	Flow masqFlow
+	Addr masqAddr
 }
 
 type masqFragment struct {
-	_    structs.HostLayout
-	Addr struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_       structs.HostLayout
+	Addr    masqAddr
 	Seen    uint32
 	Outcome uint32
 }
@@ -114,6 +97,7 @@ const (
 	masqOutcomeOUT_PASS_DEVICE       masqOutcome = 12
 	masqOutcomeOUT_PASS_NO_MAPPING   masqOutcome = 13
 	masqOutcomeOUT_PASS_INBOUND_FULL masqOutcome = 14
+	masqOutcomeOUT_PASS_TRANSLATED   masqOutcome = 15
 	masqOutcomeOUT_MASQ_NEW          masqOutcome = 32
 	masqOutcomeOUT_MASQ_KNOWN        masqOutcome = 33
 	masqOutcomeOUT_MASQ_HOST         masqOutcome = 34
@@ -137,10 +121,7 @@ const (
 type masqPrefix struct {
 	_      structs.HostLayout
 	Length uint32
-	Addr   struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	Addr   masqAddr
 }
 
 type masqReapRecord struct {
@@ -162,15 +143,9 @@ type masqRule struct {
 type masqScratch struct {
 	_      structs.HostLayout
 	Packet struct {
-		_   structs.HostLayout
-		Src struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
-		Dst struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
+		_             structs.HostLayout
+		Src           masqAddr
+		Dst           masqAddr
 		Sport         uint16
 		Dport         uint16
 		Family        uint8
@@ -189,15 +164,9 @@ type masqScratch struct {
 		Bytes         uint32
 	}
 	Quote struct {
-		_   structs.HostLayout
-		Src struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
-		Dst struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
+		_             structs.HostLayout
+		Src           masqAddr
+		Dst           masqAddr
 		Sport         uint16
 		Dport         uint16
 		Family        uint8
@@ -219,19 +188,13 @@ type masqScratch struct {
 	Reverse masqTuple
 	To      struct {
 		_    structs.HostLayout
-		Addr struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
+		Addr masqAddr
 		Port uint16
 		Pad  uint16
 	}
 	Owner struct {
 		_    structs.HostLayout
-		Addr struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
+		Addr masqAddr
 		Port uint16
 		Pad  uint16
 	}
@@ -270,19 +233,13 @@ type masqState struct {
 }
 
 type masqTuple struct {
-	_     structs.HostLayout
-	Local struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Remote struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Lport uint16
-	Rport uint16
-	Proto uint8
-	Pad   [3]uint8
+	_      structs.HostLayout
+	Local  masqAddr
+	Remote masqAddr
+	Lport  uint16
+	Rport  uint16
+	Proto  uint8
+	Pad    [3]uint8
 }
 
 type masqTuple4 struct {

@@ -1,0 +1,284 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"bauta.dev/bauta/internal/policy"
+)
+
+// applied is what the kernel holds of the last policy.
+type applied struct {
+	policy *policy.Policy
+	tries  [2]*ebpf.Map // by trieSource, trieDestination
+}
+
+func (a *applied) close() {
+	for _, m := range a.tries {
+		m.Close()
+	}
+}
+
+const (
+	trieSource = iota
+	trieDestination
+	tries
+)
+
+// trieEntry is one row of a longest-prefix table.
+type trieEntry struct {
+	key   masqPrefix
+	value masqRule
+}
+
+// ipv4Root keeps IPv6 entries such as ::/0 from matching v4-mapped addresses:
+// both families share a trie.
+var ipv4Root = masqPrefix{Length: 96, Addr: addrTo(netip.IPv4Unspecified())}
+
+// renderTries turns the tables of a policy into rows.
+func renderTries(p *policy.Policy) [tries][]trieEntry {
+	var rows [tries][]trieEntry
+	for _, s := range p.Sources() {
+		rows[trieSource] = append(rows[trieSource], trieEntry{prefixTo(s.Prefix), masqRule{Outcome: uint8(s.Outcome)}})
+	}
+	for _, d := range p.Destinations() {
+		rows[trieDestination] = append(rows[trieDestination],
+			trieEntry{prefixTo(d.Prefix), masqRule{Outcome: uint8(d.Outcome), Listed: uint8(d.Listed)}})
+	}
+	for i, rest := range [tries]policy.Outcome{trieSource: policy.PassSource, trieDestination: policy.Continue} {
+		if !slices.ContainsFunc(rows[i], func(e trieEntry) bool { return e.key == ipv4Root }) {
+			rows[i] = append(rows[i], trieEntry{ipv4Root, masqRule{Outcome: uint8(rest)}})
+		}
+	}
+	return rows
+}
+
+func renderSetting(p *policy.Policy) *masqSetting {
+	in := p.Input()
+	s := &masqSetting{Ports: uint32(len(in.Ports))}
+	for i, on := range [2]bool{in.IPv4, in.IPv6} {
+		if on {
+			s.Enabled[i] = 1
+		}
+	}
+	switch in.UnknownProtocols {
+	case policy.UnknownDrop:
+		s.UnknownProtocols = 1
+	case policy.UnknownPass:
+		s.UnknownProtocols = 2
+	}
+	t := in.Timeouts
+	for i, d := range [...]float64{t.TCPSyn.Seconds(), t.TCPEstablished.Seconds(), t.TCPClosing.Seconds(),
+		t.UDP.Seconds(), t.UDPStream.Seconds(), t.ICMP.Seconds(), t.Other.Seconds()} {
+		s.Timeout[i] = uint32(d)
+	}
+	copy(s.Port[:], in.Ports)
+	for _, port := range in.Ports {
+		s.InPool[port/64] |= 1 << (port % 64)
+	}
+	return s
+}
+
+// Apply makes the kernel follow p. Packets see the old policy or the new one,
+// never a mixture: the tables of the idle generation are written first, then one
+// number changes. On an error the old policy stays in force, and a later Apply
+// starts over. Devices are attached last, when there is a policy for them.
+func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
+	next, err := d.writePolicy(ctx, p)
+	if err != nil {
+		return err
+	}
+	if d.applied != nil && d.applied != next {
+		d.releaseTries(d.applied, next)
+	}
+	d.applied = next
+	return d.applyDevices(p.Input().Devices)
+}
+
+func (d *Datapath) releaseTries(old, next *applied) {
+	for i, m := range old.tries {
+		if m != next.tries[i] {
+			m.Close()
+		}
+	}
+}
+
+// writePolicy writes p into the idle generation and makes it the active one.
+func (d *Datapath) writePolicy(ctx context.Context, p *policy.Policy) (_ *applied, err error) {
+	next := &applied{policy: p}
+	defer func() {
+		if err != nil {
+			d.releaseNew(next)
+		}
+	}()
+	rows, old := renderTries(p), [tries][]trieEntry{}
+	if d.applied != nil {
+		old = renderTries(d.applied.policy)
+	}
+	for i := range rows {
+		if d.applied != nil && slices.Equal(rows[i], old[i]) {
+			next.tries[i] = d.applied.tries[i]
+			continue
+		}
+		if next.tries[i], err = d.newTrie(ctx, i, rows[i]); err != nil {
+			return nil, err
+		}
+	}
+	var st masqState
+	if err := d.objs.Control.Lookup(uint32(0), &st); err != nil {
+		return nil, fmt.Errorf("read control: %w", err)
+	}
+	idle := uint32(0)
+	if st.Active == 0 {
+		idle = 1
+	}
+	for i, m := range next.tries {
+		if err := d.step(fmt.Sprintf("table %d", i)); err != nil {
+			return nil, err
+		}
+		// The kernel waits here until no packet uses the slot's old table any more.
+		if err := d.objs.Policies.Put(idle*tries+uint32(i), m); err != nil {
+			return nil, fmt.Errorf("write policy table: %w", err)
+		}
+		if err := replacePin(m.Pin, filepath.Join(d.opt.Root, pinTrie(idle, i))); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.step("settings"); err != nil {
+		return nil, err
+	}
+	if err := d.objs.Settings.Put(idle, renderSetting(p)); err != nil {
+		return nil, fmt.Errorf("write settings: %w", err)
+	}
+	if err := d.step("flip"); err != nil {
+		return nil, err
+	}
+	st.Active = idle
+	if err := d.objs.Control.Put(uint32(0), st); err != nil {
+		return nil, fmt.Errorf("write control: %w", err)
+	}
+	return next, nil
+}
+
+func (d *Datapath) releaseNew(next *applied) {
+	for i, m := range next.tries {
+		if m != nil && (d.applied == nil || m != d.applied.tries[i]) {
+			m.Close()
+		}
+	}
+}
+
+func (d *Datapath) step(name string) error {
+	if d.interrupt == nil {
+		return nil
+	}
+	return d.interrupt(name)
+}
+
+// newTrie makes and fills a table. Updates of an unallocated map can fail for
+// want of memory at any time, so each one is checked.
+func (d *Datapath) newTrie(ctx context.Context, which int, rows []trieEntry) (*ebpf.Map, error) {
+	spec, err := loadMasq()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded programs: %w", err)
+	}
+	inner := spec.Maps["policies"].InnerMap.Copy()
+	inner.Name = [...]string{"source", "destination"}[which]
+	inner.Pinning = ebpf.PinNone
+	if n := uint32(len(rows)); n > inner.MaxEntries {
+		return nil, fmt.Errorf("policy: %d prefixes in one table, the limit is %d", n, inner.MaxEntries)
+	}
+	m, err := ebpf.NewMap(inner)
+	if err != nil {
+		return nil, fmt.Errorf("create policy table: %w", err)
+	}
+	if err := d.fillTrie(ctx, m, rows); err != nil {
+		m.Close()
+		return nil, err
+	}
+	return m, nil
+}
+
+const trieBatch = 4096
+
+func (d *Datapath) fillTrie(ctx context.Context, m *ebpf.Map, rows []trieEntry) error {
+	batch := true
+	for len(rows) > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := d.step("prefixes"); err != nil {
+			return err
+		}
+		n := min(len(rows), trieBatch)
+		keys, values := make([]masqPrefix, n), make([]masqRule, n)
+		for i, e := range rows[:n] {
+			keys[i], values[i] = e.key, e.value
+		}
+		if batch {
+			_, err := m.BatchUpdate(keys, values, nil)
+			switch {
+			case errors.Is(err, ebpf.ErrNotSupported):
+				batch = false // LPM tries have batches since kernel 5.13
+			case err != nil:
+				return fmt.Errorf("write policy table: %w", err)
+			}
+		}
+		for i := 0; i < n && !batch; i++ {
+			if err := m.Put(keys[i], values[i]); err != nil {
+				return fmt.Errorf("write policy table: %w", err)
+			}
+		}
+		rows = rows[n:]
+	}
+	return nil
+}
+
+// applyDevices attaches what is new, tells the programs the masquerade
+// addresses, and lets devices drain that are no masquerade devices any more.
+func (d *Datapath) applyDevices(devices []policy.Device) error {
+	var errs []error
+	wanted := make(map[uint32]bool)
+	for _, dev := range devices {
+		index := uint32(dev.Index)
+		wanted[index] = true
+		value := masqDevice{}
+		if dev.IPv4.IsValid() {
+			value.Addr[0] = addrTo(dev.IPv4)
+		}
+		if dev.IPv6.IsValid() {
+			value.Addr[1] = addrTo(dev.IPv6)
+		}
+		if err := d.objs.Devices.Put(index, value); err != nil {
+			errs = append(errs, fmt.Errorf("write device %s: %w", dev.Name, err))
+			continue
+		}
+		if err := d.attach(dev); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	var index uint32
+	var value masqDevice
+	var gone []uint32
+	for it := d.objs.Devices.Iterate(); it.Next(&index, &value); {
+		if !wanted[index] {
+			gone = append(gone, index)
+		}
+	}
+	for _, index := range gone {
+		if err := d.objs.Devices.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("remove device %d: %w", index, err))
+		}
+	}
+	for i, a := range d.attached {
+		a.draining = !wanted[uint32(i)]
+	}
+	d.forgetGone()
+	return errors.Join(errs...)
+}

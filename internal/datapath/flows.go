@@ -1,0 +1,137 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// flowKey is the key of a flow: Local is the inner socket in the forward and
+// inbound tables, the external one in the reverse table.
+type flowKey struct {
+	local, remote netip.AddrPort
+	proto         uint8
+}
+
+// flowEntry is the value of a flow table, whatever the family.
+type flowEntry struct {
+	key     flowKey
+	xlate   netip.AddrPort // not in the inbound table
+	seen    uint32         // second of the monotonic clock
+	created uint32
+	packets uint32
+	bits    uint8
+	bytes   uint64
+}
+
+// Bits of flowEntry.bits, as in bpf/maps.h.
+const (
+	bitSyn    = 0x01
+	bitFin    = 0x02
+	bitRst    = 0x04
+	bitData   = 0x08
+	bitHost   = 0x10
+	bitOut    = 0x20
+	bitOutFin = 0x40
+)
+
+const bytesMask = 1<<48 - 1
+
+func (e flowEntry) host() bool { return e.bits&bitHost != 0 }
+
+// flowTables are the tables of one family.
+type flowTables struct {
+	forward, reverse, inbound *ebpf.Map
+	ipv4                      bool
+}
+
+func socket(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, swapPort(port)) }
+
+func key4(k masqTuple4) flowKey {
+	return flowKey{socket(addr4From(k.Local), k.Lport), socket(addr4From(k.Remote), k.Rport), k.Proto}
+}
+
+func key6(k masqTuple) flowKey {
+	return flowKey{socket(addrFrom(k.Local), k.Lport), socket(addrFrom(k.Remote), k.Rport), k.Proto}
+}
+
+func entryOf(k flowKey, f masqFlow, xlate netip.Addr) flowEntry {
+	return flowEntry{
+		key: k, xlate: socket(xlate, f.Port),
+		seen: f.Seen, created: f.Created, packets: f.Packets, bits: f.Bits, bytes: f.Bytes & bytesMask,
+	}
+}
+
+// tuple is the key in the form the reaper takes, v4-mapped.
+func (k flowKey) tuple() masqTuple {
+	return masqTuple{
+		Local: addrTo(k.local.Addr()), Remote: addrTo(k.remote.Addr()),
+		Lport: swapPort(k.local.Port()), Rport: swapPort(k.remote.Port()), Proto: k.proto,
+	}
+}
+
+// reverseKey is the key of the other half of a forward entry.
+func (e flowEntry) reverseKey() flowKey {
+	return flowKey{local: e.xlate, remote: e.key.remote, proto: e.key.proto}
+}
+
+// all yields the entries of a forward or reverse table.
+func (t flowTables) all(m *ebpf.Map) iter.Seq2[flowEntry, error] {
+	if t.ipv4 {
+		return walk(m, func(k masqTuple4, v masqFlow4) flowEntry {
+			return entryOf(key4(k), v.Flow, addr4From(v.Addr))
+		})
+	}
+	return walk(m, func(k masqTuple, v masqFlow6) flowEntry {
+		return entryOf(key6(k), v.Flow, addrFrom(v.Addr))
+	})
+}
+
+// allInbound yields the connections opened from outside.
+func (t flowTables) allInbound() iter.Seq2[flowEntry, error] {
+	entry := func(k flowKey, v masqInbound) flowEntry {
+		return flowEntry{key: k, seen: v.Seen, created: v.Created, packets: v.Packets, bits: v.Bits}
+	}
+	if t.ipv4 {
+		return walk(t.inbound, func(k masqTuple4, v masqInbound) flowEntry { return entry(key4(k), v) })
+	}
+	return walk(t.inbound, func(k masqTuple, v masqInbound) flowEntry { return entry(key6(k), v) })
+}
+
+const walkBatch = 4096
+
+// walk reads a whole hash table in batches. Packets go on changing it: an entry
+// may be seen twice or, if it is new, not at all.
+func walk[K, V any](m *ebpf.Map, entry func(K, V) flowEntry) iter.Seq2[flowEntry, error] {
+	return func(yield func(flowEntry, error) bool) {
+		size := walkBatch
+		for {
+			var cursor ebpf.MapBatchCursor
+			keys, values := make([]K, size), make([]V, size)
+			for {
+				n, err := m.BatchLookup(&cursor, keys, values, nil)
+				// A bucket with more entries than the buffer holds: start over with a larger one.
+				if errors.Is(err, unix.ENOSPC) && size < 1<<20 {
+					size *= 4
+					break
+				}
+				if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+					yield(flowEntry{}, fmt.Errorf("read flow table: %w", err))
+					return
+				}
+				for i := range n {
+					if !yield(entry(keys[i], values[i]), nil) {
+						return
+					}
+				}
+				if err != nil {
+					return // the end
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,245 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"bauta.dev/bauta/internal/policy"
+)
+
+// Inspector reads the pinned data plane; it works with or without an agent.
+type Inspector struct {
+	root   string
+	maps   map[string]*ebpf.Map
+	tables [2]flowTables
+}
+
+// ErrNone says that there is no data plane below the root directory.
+var ErrNone = errors.New("no data plane")
+
+// Inspect opens the pinned objects below root. ErrNone: there are none.
+func Inspect(root string) (*Inspector, error) {
+	i := &Inspector{root: root, maps: make(map[string]*ebpf.Map)}
+	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices,
+		pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6} {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(root, name), nil)
+		if err != nil {
+			i.Close()
+			switch {
+			case errors.Is(err, os.ErrNotExist):
+				return nil, hint(fmt.Errorf("%s: %w", root, ErrNone), "start it with `bauta agent`", "or name another --bpf-root")
+			case errors.Is(err, os.ErrPermission):
+				return nil, hint(fmt.Errorf("open %s: %w", filepath.Join(root, name), err), "run as root")
+			}
+			return nil, fmt.Errorf("open pinned table %s: %w", name, err)
+		}
+		i.maps[name] = m
+	}
+	i.tables = [2]flowTables{
+		{i.maps[pinForward4], i.maps[pinReverse4], i.maps[pinInbound4], true},
+		{i.maps[pinForward6], i.maps[pinReverse6], i.maps[pinInbound6], false},
+	}
+	return i, nil
+}
+
+// Close lets go of the pinned objects.
+func (i *Inspector) Close() error {
+	var errs []error
+	for _, m := range i.maps {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// active is the generation in force; false before the first Apply.
+func (i *Inspector) active() (uint32, bool, error) {
+	var st masqState
+	if err := i.maps[pinControl].Lookup(uint32(0), &st); err != nil {
+		return 0, false, fmt.Errorf("read control: %w", err)
+	}
+	if st.Layout != mapLayout {
+		return 0, false, hint(fmt.Errorf("%s: layout %d, this version reads %d", i.root, st.Layout, mapLayout), "use the bauta of the running agent")
+	}
+	return st.Active, st.Active != noGeneration, nil
+}
+
+// Applied tells whether a policy is in force.
+func (i *Inspector) Applied() bool {
+	_, ok, err := i.active()
+	return err == nil && ok
+}
+
+// Tier names what the running kernel offers.
+func (i *Inspector) Tier() string {
+	f, err := Probe()
+	if err != nil {
+		return "unknown"
+	}
+	return f.Tier()
+}
+
+// destinations reads the table by destination of the policy in force.
+func (i *Inspector) destinations(keep func(masqRule) bool) ([]netip.Prefix, error) {
+	generation, ok, err := i.active()
+	if err != nil || !ok {
+		return nil, err
+	}
+	m, err := ebpf.LoadPinnedMap(filepath.Join(i.root, pinTrie(generation, trieDestination)), nil)
+	if err != nil {
+		return nil, fmt.Errorf("open policy table: %w", err)
+	}
+	defer m.Close()
+	var out []netip.Prefix
+	var key masqPrefix
+	var rule masqRule
+	it := m.Iterate()
+	for it.Next(&key, &rule) {
+		if keep(rule) {
+			out = append(out, prefixFrom(key))
+		}
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read policy table: %w", err)
+	}
+	slices.SortFunc(out, policy.ComparePrefixes)
+	return out, nil
+}
+
+// setting reads the settings in force.
+func (i *Inspector) setting() (*masqSetting, error) {
+	generation, ok, err := i.active()
+	if err != nil || !ok {
+		return nil, err
+	}
+	s := new(masqSetting)
+	if err := i.maps[pinSettings].Lookup(generation, s); err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	return s, nil
+}
+
+// Exclusions returns the non-masquerade prefixes in the kernel, sorted, without
+// those of a family that is off.
+func (i *Inspector) Exclusions() ([]netip.Prefix, error) {
+	s, err := i.setting()
+	if err != nil || s == nil {
+		return nil, err
+	}
+	all, err := i.destinations(func(r masqRule) bool { return policy.Listed(r.Listed)&policy.ListedNonMasq != 0 })
+	return slices.DeleteFunc(all, func(p netip.Prefix) bool {
+		if p.Addr().Is4() {
+			return s.Enabled[0] == 0
+		}
+		return s.Enabled[1] == 0
+	}), err
+}
+
+// NodeAddrs returns the addresses of other nodes in the kernel, sorted.
+func (i *Inspector) NodeAddrs() ([]netip.Addr, error) {
+	all, err := i.destinations(func(r masqRule) bool { return policy.Listed(r.Listed)&policy.ListedNode != 0 })
+	out := make([]netip.Addr, len(all))
+	for n, p := range all {
+		out[n] = p.Addr()
+	}
+	return out, err
+}
+
+// Families tells which families are masqueraded by the policy in force.
+func (i *Inspector) Families() (ipv4, ipv6 bool, err error) {
+	s, err := i.setting()
+	if err != nil || s == nil {
+		return false, false, err
+	}
+	return s.Enabled[0] != 0, s.Enabled[1] != 0, nil
+}
+
+// Counts returns the non-zero counters, by outcome, direction and family.
+func (i *Inspector) Counts() ([]Count, error) {
+	var out []Count
+	for slot := uint32(0); slot < policy.OutcomeSlots*4; slot++ {
+		var perCPU []masqCounter
+		if err := i.maps[pinCounters].Lookup(slot, &perCPU); err != nil {
+			return nil, fmt.Errorf("read counters: %w", err)
+		}
+		c := Count{Outcome: policy.Outcome(slot / 4), Ingress: slot/2%2 == 1, IPv6: slot%2 == 1}
+		for _, v := range perCPU {
+			c.Packets += v.Packets
+			c.Bytes += v.Bytes
+		}
+		if c.Packets > 0 {
+			out = append(out, c)
+		}
+	}
+	return out, nil
+}
+
+// Usage counts the flows of both families.
+func (i *Inspector) Usage() ([2]Usage, error) {
+	var out [2]Usage
+	s := sweeper{tables: i.tables}
+	for n, t := range i.tables {
+		out[n].Limit, out[n].InboundLimit = int(t.forward.MaxEntries()), int(t.inbound.MaxEntries())
+		if err := s.count(t, &out[n]); err != nil {
+			return out, err
+		}
+	}
+	return out, nil
+}
+
+// WorstPort finds the remote towards which most ports are taken.
+func (i *Inspector) WorstPort() (PortUse, error) {
+	s, err := i.setting()
+	if err != nil || s == nil {
+		return PortUse{}, err
+	}
+	tally := newPortTally(int(s.Ports))
+	for _, t := range i.tables {
+		for e, err := range t.all(t.forward) {
+			if err != nil {
+				return PortUse{}, err
+			}
+			tally.add(e)
+		}
+	}
+	return tally.worst(), nil
+}
+
+// Flush removes the mappings that f selects and returns their number.
+func (i *Inspector) Flush(f Filter) (int, error) {
+	prog, err := ebpf.LoadPinnedProgram(filepath.Join(i.root, pinReap), nil)
+	if err != nil {
+		return 0, fmt.Errorf("open the reaper: %w", err)
+	}
+	defer prog.Close()
+	r := &reaper{prog: prog}
+	ctx := context.Background()
+	for _, t := range i.tables {
+		for e, err := range t.all(t.forward) {
+			if err == nil && f.selects(e, e.host()) {
+				err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapForward, Force: 1})
+			}
+			if err != nil {
+				return r.removed, err
+			}
+		}
+		if !f.All {
+			continue
+		}
+		for e, err := range t.allInbound() {
+			if err == nil && f.selects(e, false) {
+				err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapInbound, Force: 1})
+			}
+			if err != nil {
+				return r.removed, err
+			}
+		}
+	}
+	return r.removed, r.flush(ctx)
+}
