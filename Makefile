@@ -1,0 +1,47 @@
+# Every target has a help line; `make help` prints them.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+GOFLAGS_BUILD = -trimpath -ldflags "-s -w -X bauta.dev/bauta/internal/cli.version=$(VERSION)"
+# The packages whose tests need root and a kernel; all others are unprivileged.
+ROOT_PACKAGES = ./internal/datapath/... ./internal/devices/... ./internal/lab/... ./internal/demo/... ./test/...
+export CGO_ENABLED = 0
+
+.DEFAULT_GOAL := build
+.PHONY: help build generate check lint test bench demo ci ci-generated
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## the static binary ./bauta
+	@tools/need demo
+	go build $(GOFLAGS_BUILD) -o bauta ./cmd/bauta
+
+demo: build ## the main job, proved in network namespaces on this machine (root, 20 s)
+	./bauta demo
+
+test: check ## everything: unit, program and lab tests (root, under 10 minutes)
+	@tools/need test
+	go test -count=1 -timeout 9m $(ROOT_PACKAGES)
+
+check: ## what needs no privileges: vet, lint, unit tests (under 1 minute)
+	@tools/need demo
+	go vet ./...
+	go test -count=1 $$(go list ./... | grep -vE 'internal/(datapath|devices|lab|demo)|/test/')
+
+lint: ## gofmt, staticcheck, clang-format, shellcheck
+	@tools/need lint
+	@test -z "$$(gofmt -l cmd internal test)" || { gofmt -l cmd internal test; echo "run gofmt -w on these"; exit 1; }
+	go tool -modfile=tools/go.mod staticcheck ./...
+	clang-format-19 --dry-run --Werror bpf/*.c bpf/*.h
+	shellcheck tools/need .ci/run
+
+generate: ## the BPF objects, with the pinned clang
+	@tools/need generate
+	go generate ./internal/datapath
+
+ci-generated: generate ## proves that the committed objects are what the sources give
+	git diff --exit-code -- internal/datapath docs
+
+bench: ## ns per packet of the programs (root)
+	go test -run '^$$' -bench . -benchtime 1x -count 5 ./internal/datapath
+
+ci: lint test ci-generated ## what CI runs
