@@ -13,9 +13,21 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/devices"
+	"bauta.dev/bauta/internal/filewatch"
+	"bauta.dev/bauta/internal/ipmasq"
 )
 
 // Default places of what the agent leaves for others.
@@ -46,6 +58,133 @@ func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
 // Run runs the agent until ctx is done, then returns nil. The data plane stays.
-func Run(ctx context.Context, opt Options) error {
-	panic("not yet")
+func Run(ctx context.Context, opt Options) (err error) {
+	cfg, root, runDir := opt.Config, orDefault(opt.BPFRoot, DefaultBPFRoot), orDefault(opt.RunDir, DefaultRunDir)
+	log := opt.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	log = log.With("component", "agent")
+	if err := supported(cfg); err != nil {
+		return err
+	}
+	if err := prepareRunDir(runDir); err != nil {
+		return err
+	}
+	kernel, err := openDatapath(datapath.Options{
+		Root: root, Flows: cfg.MaxFlows, DefaultFlows: cfg.Flows(memory()),
+		AllowPrivateBPFFS: cfg.AllowPrivateBPFFS, Log: log.With("component", "datapath"),
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, kernel.Close()) }()
+	listener, err := listen(runDir)
+	if err != nil {
+		return err
+	}
+	service := newSystemd(os.Getenv)
+	defer service.close()
+
+	inspect := func() (inspector, error) { return inspectRoot(root) }
+	l := newLoop(cfg, opt, runDir, log)
+	l.systemd, l.kernel = service, kernel
+	l.readNetwork, l.readReserved = devices.Read, reservedPorts
+	l.exclusions = func() ([]netip.Prefix, bool) { return exclusions(inspect, log) }
+	l.facts.noIPv6 = !hasIPv6()
+	l.publish()
+
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return l.run(ctx) })
+	group.Go(func() error { return devices.Watch(ctx, log, l.signals.network.put) })
+	watch := func(changed slot, paths ...string) {
+		if paths = slices.DeleteFunc(paths, func(p string) bool { return p == "" }); len(paths) == 0 {
+			return
+		}
+		group.Go(func() error {
+			return filewatch.Run(ctx, filewatch.Options{Paths: paths, Log: log, Ready: changed.put}, changed.put)
+		})
+	}
+	if cfg.IPMasqAgent {
+		watch(l.signals.ipMasq, cfg.IPMasqAgentPath)
+	}
+	watch(l.signals.nodes, cfg.NodesFile)
+	watch(l.signals.options, opt.ConfigSources.File, opt.ConfigSources.Dir)
+	group.Go(func() error { return serve(ctx, listener, runDir, l.status(inspect), log) })
+	group.Go(func() error {
+		<-ctx.Done()
+		service.stopping()
+		return nil
+	})
+	return group.Wait()
+}
+
+// newLoop is the loop of a configuration, not yet connected to a kernel.
+func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *loop {
+	l := &loop{
+		cfg: cfg, runDir: runDir, log: log, systemd: &systemd{}, timing: defaultTiming,
+		signals: signals{newSlot(), newSlot(), newSlot(), newSlot(), opt.Reload},
+		options: &optionFiles{running: cfg, sources: opt.ConfigSources},
+		agent:   AgentStatus{State: Running, PID: os.Getpid(), Version: opt.Version, Started: time.Now()},
+	}
+	if cfg.IPMasqAgent {
+		l.ipMasq = &ipMasqFile{path: cfg.IPMasqAgentPath, profile: ipmasq.Profile(cfg.IPMasqAgentProfile)}
+	}
+	if cfg.NodesFile != "" {
+		l.nodes = &nodesFile{path: cfg.NodesFile}
+	}
+	switch last, err := ReadPolicyFile(runDir); {
+	case err == nil:
+		l.last = &last
+	case !errors.Is(err, fs.ErrNotExist):
+		log.Warn("policy file of the last run not read", "error", err)
+	}
+	l.wanted = assemble(cfg, l.facts)
+	return l
+}
+
+// status returns what answers for the status: the last view with what the kernel says now.
+func (l *loop) status(inspect func() (inspector, error)) func() (Status, error) {
+	return func() (Status, error) {
+		k, err := inspect()
+		if err != nil {
+			return Status{}, err
+		}
+		defer k.Close()
+		return l.published.Load().status(time.Now(), k)
+	}
+}
+
+// exclusions is the ip-masq-agent list that an earlier agent left in the kernel.
+func exclusions(inspect func() (inspector, error), log *slog.Logger) ([]netip.Prefix, bool) {
+	k, err := inspect()
+	if err != nil {
+		log.Warn("pinned policy not read", "error", err)
+		return nil, false
+	}
+	defer k.Close()
+	if !k.Applied() {
+		return nil, false
+	}
+	list, err := k.Exclusions()
+	if err != nil {
+		log.Warn("pinned policy not read", "error", err)
+	}
+	return list, err == nil
+}
+
+// supported refuses options that this release has no code for: none is silently ignored.
+func supported(cfg config.Config) error {
+	refuse := func(option, remedy string) error {
+		return &Error{errors.New(option + ": not in this release"), []string{remedy}}
+	}
+	switch {
+	case !cfg.BPF:
+		return refuse("enable-bpf-masquerade=false (iptables mode)", "leave enable-bpf-masquerade at true")
+	case cfg.K8s:
+		return refuse("enable-k8s", "give the pod range of this node with pod-cidrs, and other nodes with nodes-file")
+	case cfg.RouteSource:
+		return refuse("enable-masquerade-to-route-source", "leave it out: connections get the primary address of the device they leave by")
+	}
+	return nil
 }

@@ -1,12 +1,73 @@
 package agent
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+)
 
 // ErrNothing says that there is neither an agent nor a data plane.
 var ErrNothing = errors.New("no agent and no data plane on this node")
 
 // ReadStatus returns the status of the running agent, or, with the agent down,
-// what the pinned objects and policy.json tell; then Agent.State is Down.
+// what the pinned objects and policy.json tell; then Agent.State is Down. Empty
+// arguments mean the default places.
 func ReadStatus(bpfRoot, runDir string) (Status, error) {
-	panic("not yet")
+	return readStatus(orDefault(runDir, DefaultRunDir), func() (inspector, error) {
+		return inspectRoot(orDefault(bpfRoot, DefaultBPFRoot))
+	})
+}
+
+func readStatus(runDir string, inspect func() (inspector, error)) (Status, error) {
+	s, err := ask(runDir)
+	switch {
+	case err == nil:
+		return s, nil
+	case errors.Is(err, fs.ErrPermission):
+		return Status{}, &Error{err, []string{"run it as root"}}
+	}
+	s, offErr := offline(runDir, inspect)
+	if offErr == nil && !errors.Is(err, errNoAgent) {
+		s.Warnings = append(s.Warnings, err.Error()) // it is there, but hangs or is of another version
+	}
+	return s, offErr
+}
+
+// offline is the status without an agent.
+func offline(runDir string, inspect func() (inspector, error)) (Status, error) {
+	k, err := inspect()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return Status{}, ErrNothing
+	case err != nil:
+		return Status{}, err
+	}
+	defer k.Close()
+	f, err := ReadPolicyFile(runDir)
+	if err != nil {
+		return unexplained(k, err)
+	}
+	v := view{file: f, agent: AgentStatus{State: Down, PID: f.PID, Version: f.Version, Started: f.Started}}
+	return v.status(time.Now(), k)
+}
+
+// unexplained is the status of a data plane without policy.json: what the kernel
+// holds, without options and origins.
+func unexplained(k inspector, why error) (Status, error) {
+	exclusions, err := k.Exclusions()
+	if err != nil {
+		return Status{}, fmt.Errorf("read exclusions: %w", err)
+	}
+	v := view{
+		file:     PolicyFile{Mode: ModeBPF},
+		agent:    AgentStatus{State: Down},
+		warnings: []string{fmt.Sprintf("what the data plane was told is not known: %v", why)},
+	}
+	s, err := v.status(time.Now(), k)
+	s.IPMasqAgent.Prefixes = len(exclusions)
+	for i := range s.Devices {
+		s.Devices[i].State = DeviceAttached // no policy is known that it could have left
+	}
+	return s, err
 }

@@ -62,9 +62,9 @@ type AgentStatus struct {
 	UptimeSeconds int64      `json:"uptimeSeconds,omitempty"` // only when running
 	Ready         bool       `json:"ready"`                   // a policy of this agent is in force
 	LastApply     time.Time  `json:"lastApply,omitzero"`
-	// ConfigErrors are files that were rejected; the state before stays in force.
-	ConfigErrors []string `json:"configErrors,omitempty"`
-	// Error is why the wanted state is not in force; it is being retried.
+	// ConfigError is why a restart would not accept the option files as they are now.
+	ConfigError string `json:"configError,omitempty"`
+	// Error is why the wanted policy is not in force; it is being retried.
 	Error string `json:"error,omitempty"`
 }
 
@@ -175,9 +175,3 @@ type WorstPort struct {
 	Used    int            `json:"used"`
 	Pool    int            `json:"pool"`
 }
-
-// Line is what stands behind "Masquerading:   " in the text form.
-func (s Status) Line() string { panic("not yet") }
-
-// Degraded returns what is wrong, a reason each; none means OK.
-func (s Status) Degraded() []string { panic("not yet") }

@@ -1,0 +1,122 @@
+package agent
+
+import (
+	"net/netip"
+	"slices"
+
+	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/devices"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// facts is what a policy depends on besides the options.
+type facts struct {
+	network  devices.Snapshot
+	attached []datapath.Attachment
+	reserved []config.PortRange // ip_local_reserved_ports
+	nonMasq  []policy.Rule      // the ip-masq-agent list in force
+	nodes    []policy.NodeAddr  // those of the nodes-file in force
+	noIPv6   bool               // the kernel has no IPv6
+}
+
+// wanted is what options and facts amount to.
+type wanted struct {
+	input          policy.Input
+	selection      devices.Selection
+	state4, state6 SourceState
+}
+
+// assemble is pure: the same options and facts give the same result.
+func assemble(cfg config.Config, f facts) wanted {
+	sources := cfg.SourceRules(nil)
+	sel := devices.Select(f.network, devices.Options{
+		Patterns:  patterns(cfg.MasqueradeDevices()),
+		Forwarded: cfg.MasqueradeForwarded,
+		// All of them, also those of a family that is off: they tell where pods are.
+		Sources:     prefixes(sources),
+		RouteSource: cfg.RouteSource,
+		Attached:    attachedNames(f.attached, f.network),
+	})
+	in := policy.Input{
+		IPv4:             cfg.IPv4,
+		IPv6:             cfg.IPv6 && !f.noIPv6,
+		HostAddrs:        sel.HostAddrs,
+		Nodes:            slices.Concat(cfg.NodeAddresses, f.nodes),
+		RemoteNodes:      cfg.RemoteNodes,
+		UnknownProtocols: cfg.UnknownProtocols,
+		Devices:          sel.PolicyDevices(),
+		RouteSources:     sel.RouteSources,
+		Ports:            cfg.Ports(f.reserved),
+		Timeouts:         cfg.Timeouts,
+	}
+	// What concerns a family that is off is not in force, so nobody lists it.
+	in.Sources = ofFamilies(sources, in.IPv4, in.IPv6)
+	in.Native = ofFamilies(cfg.NativeRules(nil), in.IPv4, in.IPv6)
+	in.NonMasq = ofFamilies(f.nonMasq, in.IPv4, in.IPv6)
+	return wanted{
+		input: in, selection: sel,
+		state4: sourceState(cfg, in.IPv4, ofFamilies(in.Sources, true, false), sel.DefaultRoute4),
+		state6: sourceState(cfg, in.IPv6, ofFamilies(in.Sources, false, true), sel.DefaultRoute6),
+	}
+}
+
+// sourceState says whether a family masquerades anything (2.6). masquerade-forwarded
+// gives every family a source range, so there it is a default route that counts,
+// unless pod-cidrs names a range of the family.
+func sourceState(cfg config.Config, on bool, ranges []policy.Rule, defaultRoute bool) SourceState {
+	switch {
+	case !on:
+		return SourcesOff
+	case len(ranges) == 0:
+		return SourcesUnused
+	case defaultRoute || !cfg.MasqueradeForwarded:
+		return SourcesUsed
+	}
+	is4 := ranges[0].Prefix.Addr().Is4()
+	if slices.ContainsFunc(cfg.PodCIDRs, func(r policy.Rule) bool { return r.Prefix.Addr().Is4() == is4 }) {
+		return SourcesUsed
+	}
+	return SourcesUnused
+}
+
+func patterns(f config.DeviceFilter) []string {
+	texts := make([]string, len(f))
+	for i, p := range f {
+		texts[i] = p.String()
+	}
+	return texts
+}
+
+// attachedNames are the devices that masquerade now, by their names of now: a
+// device keeps its index when it is renamed, and one that was deleted and made
+// again under its old name is another one. A draining device was excluded once;
+// that it is still attached does not bring it back.
+func attachedNames(attached []datapath.Attachment, now devices.Snapshot) []string {
+	var names []string
+	for _, a := range attached {
+		i := slices.IndexFunc(now.Links, func(l devices.Link) bool { return l.Index == a.Index })
+		if i >= 0 && !a.Draining {
+			names = append(names, now.Links[i].Name)
+		}
+	}
+	return names
+}
+
+func ofFamilies(rules []policy.Rule, ipv4, ipv6 bool) []policy.Rule {
+	kept := make([]policy.Rule, 0, len(rules))
+	for _, r := range rules {
+		if r.Prefix.Addr().Is4() && ipv4 || !r.Prefix.Addr().Is4() && ipv6 {
+			kept = append(kept, r)
+		}
+	}
+	return kept
+}
+
+func prefixes(rules []policy.Rule) []netip.Prefix {
+	list := make([]netip.Prefix, len(rules))
+	for i, r := range rules {
+		list[i] = r.Prefix
+	}
+	return list
+}

@@ -1,0 +1,213 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/ipmasq"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// ipMasqFile is the ip-masq-agent list in force and how it came to be. A bad file
+// leaves the last good list in force (section 5).
+type ipMasqFile struct {
+	path       string
+	profile    ipmasq.Profile
+	list       ipmasq.List
+	origin     IPMasqOrigin // zero: not read yet
+	lastReload time.Time    // of the last good one
+	err        error        // why the file as it is now is rejected
+}
+
+// reload reads the file. With a bad one at first start pinned is asked for the
+// list of an earlier agent.
+func (f *ipMasqFile) reload(now time.Time, pinned func() ([]policy.Rule, bool), log *slog.Logger) {
+	list, err := ipmasq.Load(f.path, f.profile)
+	if err == nil {
+		if f.origin != FromFile || !slices.Equal(list.Rules, f.list.Rules) {
+			log.Info("ip-masq-agent list loaded", "path", f.path, "state", list.State, "prefixes", len(list.Rules))
+		}
+		f.list, f.origin, f.lastReload, f.err = list, FromFile, now, nil
+		return
+	}
+	switch f.origin {
+	case FromFile:
+		f.origin = FromLastGood
+	case "":
+		f.list, f.origin = ipmasq.Defaults(f.profile), FromDefaults
+		if rules, ok := pinned(); ok {
+			f.list, f.origin = ipmasq.List{Rules: rules, State: ipmasq.Fallback, Profile: f.profile}, FromPinned
+		}
+	}
+	logRejected(log, f.err, err, "in_force", f.origin)
+	f.err = err
+}
+
+// logRejected logs a rejected file once, not at every reading.
+func logRejected(log *slog.Logger, before, now error, args ...any) {
+	if before == nil || before.Error() != now.Error() {
+		log.Error("config rejected", append([]any{"error", now}, args...)...)
+	}
+}
+
+func (f *ipMasqFile) status() IPMasqStatus {
+	s := IPMasqStatus{
+		Enabled: true, Path: f.path, Profile: string(f.profile), State: string(f.list.State), InForce: f.origin,
+		Files: f.list.Files, LastReload: f.lastReload, Warnings: f.list.Warnings,
+	}
+	for _, key := range f.list.Ignored {
+		s.Warnings = append(slices.Clip(s.Warnings), key+": has no effect")
+	}
+	if f.err != nil {
+		s.LastError = f.err.Error()
+	}
+	return s
+}
+
+// pinnedNonMasq is the ip-masq-agent list that an earlier agent left. The kernel
+// knows the prefixes, policy.json whether ip-masq-agent was on, and each origin.
+// Without policy.json a list that is there can only be of ip-masq-agent; an empty
+// one may as well mean that it was off.
+func pinnedNonMasq(kernel []netip.Prefix, last *PolicyFile) ([]policy.Rule, bool) {
+	if last == nil && len(kernel) == 0 || last != nil && !last.IPMasqAgent.Enabled {
+		return nil, false
+	}
+	rules := make([]policy.Rule, 0, len(kernel))
+	for _, p := range kernel {
+		rules = append(rules, policy.Rule{Prefix: p, Origin: "pinned"})
+	}
+	if last == nil {
+		return rules, true
+	}
+	origins := make(map[netip.Prefix]string, len(last.NonMasq))
+	for _, r := range last.NonMasq {
+		origins[r.Prefix] = r.Origin
+	}
+	for i, r := range rules {
+		if origin, ok := origins[r.Prefix]; ok {
+			rules[i].Origin = origin
+		}
+	}
+	return rules, true
+}
+
+// nodesFile is the list of other nodes in force.
+type nodesFile struct {
+	path       string
+	nodes      []policy.NodeAddr
+	loaded     bool // nodes is what some file or an earlier agent said
+	lastReload time.Time
+	err        error
+}
+
+// reload reads the file. last is what an earlier agent left, may be nil. A
+// missing file is an error: the option names it, and forgetting the nodes would
+// masquerade towards them.
+func (f *nodesFile) reload(now time.Time, last *PolicyFile, log *slog.Logger) {
+	nodes, err := readNodes(f.path)
+	if err == nil {
+		if !f.loaded || f.err != nil || !slices.Equal(nodes, f.nodes) {
+			log.Info("nodes-file loaded", "path", f.path, "addresses", len(nodes))
+		}
+		f.nodes, f.loaded, f.lastReload, f.err = nodes, true, now, nil
+		return
+	}
+	if !f.loaded && last != nil {
+		for _, n := range last.Nodes {
+			if n.Origin == "file "+f.path {
+				f.nodes = append(f.nodes, n)
+			}
+		}
+		f.loaded = true
+	}
+	logRejected(log, f.err, err, "addresses", len(f.nodes))
+	f.err = err
+}
+
+func (f *nodesFile) status() NodesStatus {
+	s := NodesStatus{File: f.path, LastReload: f.lastReload}
+	if f.err != nil {
+		s.LastError = f.err.Error()
+	}
+	return s
+}
+
+// maxNodesFile bounds what is read: 5,000 nodes with ten addresses each take less.
+const maxNodesFile = 8 << 20
+
+func readNodes(path string) ([]policy.NodeAddr, error) {
+	data, err := readRegular(path, maxNodesFile)
+	if err != nil {
+		return nil, fmt.Errorf("nodes-file %s: %w", path, err)
+	}
+	nodes, err := config.ParseNodes(bytes.NewReader(data), path)
+	if err != nil {
+		return nil, fmt.Errorf("nodes-file %w", err)
+	}
+	return nodes, nil
+}
+
+// readRegular reads a whole file of at most limit bytes. Errors are without the
+// path. Reading a pipe would block, so only regular files are read.
+func readRegular(path string, limit int64) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, bare(err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, errors.New("not a regular file")
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, bare(err)
+	}
+	defer file.Close()
+	data, err := io.ReadAll(io.LimitReader(file, limit+1))
+	if err != nil {
+		return nil, bare(err)
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("more than %d bytes", limit)
+	}
+	return data, nil
+}
+
+// bare drops the path of an error: the message has it already.
+func bare(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
+}
+
+// optionFiles compares the option files with what the agent runs with: options
+// themselves are read once, at the start.
+type optionFiles struct {
+	running config.Config
+	sources config.Sources
+	changed []string // options that a restart would change
+	err     error
+}
+
+func (f *optionFiles) reload(log *slog.Logger) {
+	next, err := config.Load(f.sources)
+	if err != nil {
+		logRejected(log, f.err, err)
+		f.err = err
+		return
+	}
+	changed := f.running.Changed(next)
+	if len(changed) > 0 && !slices.Equal(changed, f.changed) {
+		log.Warn("restart needed", "options", changed)
+	}
+	f.changed, f.err = changed, nil
+}

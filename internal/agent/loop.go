@@ -1,0 +1,296 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"reflect"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/devices"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// slot holds the news that something changed, once however often it did.
+type slot chan struct{}
+
+func newSlot() slot { return make(slot, 1) }
+
+func (s slot) put() {
+	select {
+	case s <- struct{}{}:
+	default:
+	}
+}
+
+// signals are what the watchers tell the loop.
+type signals struct {
+	network, ipMasq, nodes, options slot
+	reload                          <-chan struct{}
+}
+
+// timing of the loop; tests shorten it.
+type timing struct {
+	gap      time.Duration // least time between two applies
+	resync   time.Duration // how often everything is checked without any news
+	sweep    time.Duration
+	retry    time.Duration // first pause after an error; doubles
+	maxRetry time.Duration
+}
+
+var defaultTiming = timing{
+	gap:      100 * time.Millisecond,
+	resync:   30 * time.Second,
+	sweep:    5 * time.Second,
+	retry:    250 * time.Millisecond,
+	maxRetry: 30 * time.Second,
+}
+
+// loop owns all state of the agent. Only published is for others.
+type loop struct {
+	cfg     config.Config
+	runDir  string
+	log     *slog.Logger
+	systemd *systemd
+	timing  timing
+	signals signals
+
+	kernel       backend
+	readNetwork  func() (devices.Snapshot, error)
+	readReserved func() ([]config.PortRange, error)
+	exclusions   func() ([]netip.Prefix, bool) // of a policy that an earlier agent left in the kernel
+
+	ipMasq  *ipMasqFile // nil: off
+	nodes   *nodesFile  // nil: none
+	options *optionFiles
+	last    *PolicyFile // of an earlier agent; nil: none
+
+	facts facts
+	stale stale // what of the facts is to be read again
+	force bool  // apply even if nothing changed
+
+	wanted    wanted
+	inForce   *wanted    // nil: nothing applied by this agent
+	written   PolicyFile // policy.json as it is
+	writeErr  error
+	agent     AgentStatus
+	attempted time.Time
+	retry     time.Duration // pause after the last error; zero: there was none
+	sweepErr  error
+
+	published atomic.Pointer[view]
+}
+
+// stale says which facts have to be read again.
+type stale struct{ network, reserved, ipMasq, nodes, options bool }
+
+var allStale = stale{true, true, true, true, true}
+
+// run reconciles until ctx is done.
+func (l *loop) run(ctx context.Context) error {
+	resync, sweep := time.NewTicker(l.timing.resync), time.NewTicker(l.timing.sweep)
+	defer resync.Stop()
+	defer sweep.Stop()
+	var alive <-chan time.Time
+	if l.systemd.watchdog > 0 {
+		ticker := time.NewTicker(l.systemd.watchdog)
+		defer ticker.Stop()
+		alive = ticker.C
+	}
+	due := time.NewTimer(0)
+	defer due.Stop()
+	soon := func() { due.Reset(max(0, time.Until(l.attempted.Add(l.timing.gap)))) }
+	l.stale, l.force = allStale, true
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.signals.network:
+			l.stale.network = true
+			soon()
+		case <-l.signals.ipMasq:
+			l.stale.ipMasq = true
+			soon()
+		case <-l.signals.nodes:
+			l.stale.nodes = true
+			soon()
+		case <-l.signals.options:
+			l.stale.options = true
+			soon()
+		case <-resync.C:
+			// What others did to our attachments makes no news.
+			l.stale.network, l.stale.reserved, l.force = true, true, true
+			soon()
+		case <-l.signals.reload:
+			l.systemd.reloading()
+			l.log.Info("reloading")
+			l.stale, l.force = allStale, true
+			l.reconcile(ctx, due)
+			l.systemd.ready()
+		case <-due.C:
+			l.reconcile(ctx, due)
+		case <-sweep.C:
+			l.sweep(ctx)
+		case <-alive:
+			l.systemd.alive()
+		}
+	}
+}
+
+// reconcile makes the kernel follow the facts, tells the world, and says when to
+// try again.
+func (l *loop) reconcile(ctx context.Context, due *time.Timer) {
+	l.attempted = time.Now()
+	err := l.follow(ctx)
+	if ctx.Err() != nil {
+		return // what was cut short is no error
+	}
+	l.agent.Error = ""
+	if err != nil {
+		l.agent.Error = err.Error()
+		l.retry = min(max(2*l.retry, l.timing.retry), l.timing.maxRetry)
+		// Whatever was wrong may be so no more: look again at what changes by itself.
+		l.stale.network, l.stale.reserved, l.force = true, true, true
+		l.log.Warn("policy not applied, retrying", "error", err, "after", l.retry)
+		due.Reset(l.retry)
+	} else {
+		l.retry = 0
+	}
+	l.publish()
+}
+
+// follow reads the facts anew and applies the policy they make if it is another one.
+func (l *loop) follow(ctx context.Context) error {
+	if err := l.read(); err != nil {
+		return err
+	}
+	l.wanted = assemble(l.cfg, l.facts)
+	news := l.inForce == nil || !reflect.DeepEqual(l.wanted.input, l.inForce.input)
+	if !news && !l.force {
+		l.settle()
+		return nil
+	}
+	p, err := policy.Build(l.wanted.input)
+	if err != nil {
+		return fmt.Errorf("policy: %w", err)
+	}
+	if err := l.kernel.Apply(ctx, p); err != nil {
+		return err
+	}
+	before := l.inForce
+	l.settle()
+	l.force = false
+	l.agent.LastApply = time.Now()
+	if !l.agent.Ready {
+		l.agent.Ready = true
+		l.systemd.ready()
+	}
+	if news {
+		l.logApplied(l.wanted.input)
+	}
+	if before != nil && loses(before.input, l.wanted.input) {
+		l.sweep(ctx) // the mappings of an address end with it
+	}
+	return nil
+}
+
+// settle notes that what is wanted is in force. Reasons may have changed even
+// where the policy has not.
+func (l *loop) settle() {
+	w := l.wanted
+	l.inForce = &w
+}
+
+// read reads what is stale. Files that are bad leave the last good state, so only
+// the kernel can make an error here.
+func (l *loop) read() error {
+	now := time.Now()
+	if l.stale.ipMasq && l.ipMasq != nil {
+		l.ipMasq.reload(now, l.pinned, l.log)
+		l.facts.nonMasq = l.ipMasq.list.Rules
+	}
+	if l.stale.nodes && l.nodes != nil {
+		l.nodes.reload(now, l.last, l.log)
+		l.facts.nodes = l.nodes.nodes
+	}
+	if l.stale.options {
+		l.options.reload(l.log)
+	}
+	l.stale.ipMasq, l.stale.nodes, l.stale.options = false, false, false
+	if l.stale.network {
+		network, err := l.readNetwork()
+		if err != nil {
+			return fmt.Errorf("read the network configuration: %w", err)
+		}
+		l.facts.network, l.stale.network = network, false
+	}
+	l.facts.attached = l.kernel.Attached()
+	if l.stale.reserved {
+		reserved, err := l.readReserved()
+		if err != nil {
+			return fmt.Errorf("read reserved ports: %w", err)
+		}
+		l.facts.reserved, l.stale.reserved = reserved, false
+	}
+	return nil
+}
+
+// pinned is the ip-masq-agent list that an earlier agent left in force.
+func (l *loop) pinned() ([]policy.Rule, bool) {
+	prefixes, ok := l.exclusions()
+	if !ok {
+		return nil, false
+	}
+	return pinnedNonMasq(prefixes, l.last)
+}
+
+// loses tells whether an address that mappings may use has left the node.
+func loses(before, now policy.Input) bool {
+	have := make(map[netip.Addr]bool)
+	for _, a := range ownAddrs(now) {
+		have[a] = true
+	}
+	return slices.ContainsFunc(ownAddrs(before), func(a netip.Addr) bool { return !have[a] })
+}
+
+// ownAddrs are the addresses that mappings may use: a device may have that of
+// another one.
+func ownAddrs(in policy.Input) []netip.Addr {
+	addrs := slices.Clone(in.HostAddrs)
+	for _, d := range in.Devices {
+		addrs = append(addrs, d.IPv4, d.IPv6)
+	}
+	return addrs
+}
+
+func (l *loop) logApplied(in policy.Input) {
+	l.log.Info("policy applied", "devices", deviceNames(in.Devices), "sources", len(in.Sources),
+		"native", len(in.Native), "prefixes", len(in.NonMasq), "addresses", len(in.Nodes))
+}
+
+func deviceNames(list []policy.Device) []string {
+	names := make([]string, len(list))
+	for i, d := range list {
+		names[i] = d.Name
+	}
+	return names
+}
+
+func (l *loop) sweep(ctx context.Context) {
+	swept, err := l.kernel.Sweep(ctx)
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil && (l.sweepErr == nil || l.sweepErr.Error() != err.Error()) {
+		l.log.Warn("sweep of the flow tables incomplete, retrying", "error", err, "after", l.timing.sweep)
+	}
+	l.sweepErr = err
+	if swept.Vanished > 0 {
+		l.log.Info("mappings ended, their address has left the node", "mappings", swept.Vanished)
+	}
+	l.log.Debug("swept", "expired", swept.Expired, "orphans", swept.Orphans, "took", swept.Took)
+}

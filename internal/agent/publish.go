@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"bauta.dev/bauta/internal/config"
+)
+
+// publish writes policy.json if it has changed, and shows the state to readers.
+func (l *loop) publish() {
+	v := &view{agent: l.agent, missing: l.wanted.selection.Missing}
+	if l.options.err != nil {
+		v.agent.ConfigError = l.options.err.Error()
+	}
+	if l.inForce != nil {
+		v.file = l.policyFile(*l.inForce)
+		l.write(&v.file)
+	} else {
+		v.file = l.policyFile(l.wanted)
+	}
+	v.warnings = l.warnings()
+	before := l.published.Swap(v)
+	if text := v.summary(); before == nil || before.summary() != text {
+		l.systemd.status(text)
+	}
+}
+
+func (l *loop) policyFile(w wanted) PolicyFile {
+	f := newPolicyFile(w)
+	f.PID, f.Version, f.Started = l.agent.PID, l.agent.Version, l.agent.Started
+	if l.ipMasq != nil {
+		f.IPMasqAgent = l.ipMasq.status()
+	}
+	if l.nodes != nil {
+		f.NodesFile = l.nodes.status()
+	}
+	return f
+}
+
+func (l *loop) write(f *PolicyFile) {
+	f.Written = l.written.Written
+	if l.writeErr == nil && f.same(l.written) {
+		return
+	}
+	f.Written = time.Now()
+	err := f.write(l.runDir)
+	if err != nil && (l.writeErr == nil || l.writeErr.Error() != err.Error()) {
+		l.log.Warn("policy file not written, retrying", "error", err, "after", l.timing.resync)
+	}
+	if l.writeErr = err; err == nil {
+		l.written = *f
+	}
+}
+
+// warnings are what an operator should know and nothing else shows.
+func (l *loop) warnings() []string {
+	list := configWarnings(l.cfg)
+	if len(l.options.changed) > 0 {
+		list = append(list, "restart needed: the files have other values now for "+strings.Join(l.options.changed, ", "))
+	}
+	for _, name := range l.wanted.selection.Missing {
+		list = append(list, fmt.Sprintf("device %s is missing: it will be attached when it appears", name))
+	}
+	if l.cfg.IPv6 && l.facts.noIPv6 {
+		list = append(list, "IPv6: this kernel has none")
+	}
+	if l.writeErr != nil {
+		list = append(list, l.writeErr.Error())
+	}
+	return list
+}
+
+// configWarnings are known when the options are.
+func configWarnings(cfg config.Config) []string {
+	list := append([]string(nil), cfg.Warnings...)
+	if len(cfg.Ignored) > 0 {
+		list = append(list, "keys of the config directory without effect here: "+strings.Join(cfg.Ignored, ", "))
+	}
+	for _, o := range []struct {
+		set  bool
+		name string
+	}{
+		{cfg.MetricsAddr != "", "prometheus-serve-addr"},
+		{cfg.MaxPortsPerPod > 0, "max-ports-per-pod"},
+		{cfg.TakeOver, "take-over"},
+	} {
+		if o.set {
+			list = append(list, o.name+": not in this release, has no effect")
+		}
+	}
+	return list
+}
+
+// summary is one line for the service manager.
+func (v *view) summary() string {
+	switch {
+	case v.agent.Error != "":
+		return "policy not applied: " + v.agent.Error
+	case v.file.State4 == SourcesOff && v.file.State6 == SourcesOff:
+		return "masquerading is off"
+	}
+	var names []string
+	for _, d := range v.file.Devices {
+		names = append(names, d.Name)
+	}
+	return fmt.Sprintf("masquerading on %s", orDefault(strings.Join(names, ", "), "no device"))
+}

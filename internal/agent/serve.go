@@ -1,0 +1,144 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+const (
+	socketName = "agent.sock"
+	statusPath = "/status"
+
+	// answerTimeout bounds an answer: port use is counted over whole tables.
+	answerTimeout = 10 * time.Second
+	dialTimeout   = 2 * time.Second
+)
+
+// prepareRunDir makes the run directory. One that is there keeps its mode, since
+// it may be somebody else's (--run-dir /tmp), but must not let others in to
+// replace what is in it.
+func prepareRunDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("run-dir: %w", err)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("run-dir: %w", err)
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if info.Mode().Perm()&0o022 != 0 || ok && int(owner.Uid) != os.Geteuid() {
+		return &Error{fmt.Errorf("run-dir %s: other users can write to it", dir),
+			[]string{"give --run-dir a directory of its own, for example " + DefaultRunDir, "chmod 700 " + dir}}
+	}
+	return nil
+}
+
+// listen makes the socket. It is born under another name and renamed, so that it
+// never stands there with a mode that lets others in, and replaces a stale one.
+func listen(runDir string) (net.Listener, error) {
+	path := filepath.Join(runDir, socketName)
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+		return nil, fmt.Errorf("socket %s: something else is there", path)
+	}
+	if conn, err := net.DialTimeout("unix", path, dialTimeout); err == nil {
+		conn.Close()
+		return nil, &Error{fmt.Errorf("socket %s: another agent is running", path),
+			[]string{"stop it first, or give this one a --bpf-root and --run-dir of its own"}}
+	}
+	tmp := path + ".new"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	if errors.Is(err, syscall.EINVAL) {
+		return nil, &Error{fmt.Errorf("socket %s: %w (the path is too long)", path, err), []string{"give --run-dir a path of at most 90 letters"}}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	l.SetUnlinkOnClose(false) // it would unlink the first name
+	err = os.Chmod(tmp, 0o600)
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		l.Close()
+		os.Remove(tmp)
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	return l, nil
+}
+
+// serve answers on l until ctx is done, then removes the socket.
+func serve(ctx context.Context, l net.Listener, runDir string, status func() (Status, error), log *slog.Logger) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
+		s, err := status()
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(s) // a client that went away misses nothing
+	})
+	server := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: dialTimeout,
+		ReadTimeout:       dialTimeout,
+		WriteTimeout:      answerTimeout,
+		IdleTimeout:       dialTimeout,
+		MaxHeaderBytes:    4 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	defer os.Remove(filepath.Join(runDir, socketName))
+	if err := server.Serve(l); ctx.Err() == nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	return nil
+}
+
+// errNoAgent says that nobody listens on the socket.
+var errNoAgent = errors.New("no agent")
+
+// ask gets the status of the running agent.
+func ask(runDir string) (Status, error) {
+	path := filepath.Join(runDir, socketName)
+	dialer := net.Dialer{Timeout: dialTimeout}
+	transport := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		},
+		DisableKeepAlives: true,
+	}
+	client := &http.Client{Transport: transport, Timeout: answerTimeout}
+	answer, err := client.Get("http://agent" + statusPath)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return Status{}, errNoAgent
+	case err != nil:
+		return Status{}, fmt.Errorf("ask the agent: %w", errors.Unwrap(err))
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		var text [512]byte
+		n, _ := answer.Body.Read(text[:])
+		return Status{}, fmt.Errorf("ask the agent: %s: %s", answer.Status, text[:n])
+	}
+	var s Status
+	if err := json.NewDecoder(answer.Body).Decode(&s); err != nil {
+		return Status{}, fmt.Errorf("ask the agent: %w", err)
+	}
+	return s, nil
+}
