@@ -1,0 +1,40 @@
+package cli
+
+import (
+	"github.com/spf13/cobra"
+
+	"bauta.dev/bauta/internal/datapath"
+)
+
+func (a *app) newBPF() *cobra.Command {
+	return group("bpf", "Read the objects in the kernel",
+		`Read the objects in the kernel: what the data plane does now, whether an agent
+runs or not.`,
+		group("ipmasq", "Destinations that are not masqueraded", "The non-masquerade prefixes of the ip-masq-agent list, as the kernel holds them.", a.newIPMasqList()),
+		group("nat", "Masqueraded flows", "The mappings of masqueraded flows, as the kernel holds them.", a.newNATList(), a.newNATFlush()),
+		group("node", "Addresses of the other nodes", "The addresses of the other nodes of the cluster, as the kernel holds them.", a.newNodeList()))
+}
+
+// list makes the command list, alias ls.
+func list(short, long, example string, run func() error) *cobra.Command {
+	return &cobra.Command{
+		Use:                   "list",
+		Aliases:               []string{"ls"},
+		Short:                 short,
+		Long:                  long,
+		Example:               example,
+		Args:                  noArgs,
+		RunE:                  func(*cobra.Command, []string) error { return run() },
+		DisableFlagsInUseLine: true,
+	}
+}
+
+// inspect opens the pinned objects for run.
+func (a *app) inspect(run func(*datapath.Inspector) error) error {
+	in, err := datapath.Inspect(a.bpfRoot)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	return run(in)
+}

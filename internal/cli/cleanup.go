@@ -1,0 +1,194 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/datapath"
+)
+
+// endTimeout is how long cleanup --force waits for the agent to end.
+const endTimeout = 15 * time.Second
+
+func (a *app) newCleanup() *cobra.Command {
+	var force bool
+	c := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove everything Bauta put on this node",
+		Long: `Remove everything Bauta put on this node: programs, tables, and the files of the
+run directory. Masquerading ends, and running masqueraded connections break.
+
+It refuses while an agent runs there. Doing it twice is harmless.`,
+		Example: `  sudo systemctl stop bauta && sudo bauta cleanup
+  sudo bauta cleanup --force`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := a.requireRoot(c, "try sudo "+c.CommandPath()); err != nil {
+				return err
+			}
+			if err := checkBPFRoot(a.bpfRoot); err != nil {
+				return err
+			}
+			if err := a.withoutAgent(c.Context(), force); err != nil {
+				return err
+			}
+			return a.cleanup()
+		},
+		DisableFlagsInUseLine: true,
+	}
+	c.Flags().BoolVar(&force, "force", false, "end an agent that runs there first")
+	return c
+}
+
+// checkBPFRoot keeps a slip in --bpf-root from emptying another directory: all
+// that is in root is going to be removed.
+func checkBPFRoot(root string) error {
+	var fsInfo unix.Statfs_t
+	var dir, parent unix.Stat_t
+	if err := unix.Statfs(root, &fsInfo); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("bpf-root %s: %w", root, err)
+	}
+	if err := errors.Join(unix.Stat(root, &dir), unix.Stat(filepath.Join(root, ".."), &parent)); err != nil {
+		return fmt.Errorf("bpf-root %s: %w", root, err)
+	}
+	switch {
+	case fsInfo.Type != unix.BPF_FS_MAGIC:
+		return hint(fmt.Errorf("bpf-root %s: not on a bpffs, so it can't hold a data plane", root), "give the --bpf-root of the agent")
+	case dir.Dev != parent.Dev:
+		return hint(fmt.Errorf("bpf-root %s: a whole bpffs, which others use too", root), "give the --bpf-root of the agent, a directory in it")
+	}
+	return nil
+}
+
+// withoutAgent returns nil when no agent serves the run directory. force ends one.
+func (a *app) withoutAgent(ctx context.Context, force bool) error {
+	pid, running := agentPID(filepath.Join(a.runDir, "agent.sock"))
+	switch {
+	case !running:
+		return nil
+	case !force:
+		return hint(fmt.Errorf("cleanup: an agent runs here (pid %d, run directory %s)", pid, a.runDir),
+			fmt.Sprintf("stop it first: systemctl stop bauta, or kill %d", pid), "bauta cleanup --force ends it")
+	case pid == 0:
+		return hint(errors.New("cleanup: the agent runs in another PID namespace and can't be ended from here"), "stop its container")
+	}
+	if err := a.printf("Ending the agent (pid %d)\n", pid); err != nil {
+		return err
+	}
+	if err := endProcess(ctx, pid); err != nil {
+		return fmt.Errorf("end agent, pid %d: %w", pid, err)
+	}
+	return nil
+}
+
+// agentPID asks the kernel who listens on the socket; 0 is a process that this
+// PID namespace can't see.
+func agentPID(socket string) (pid int, running bool) {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		return 0, false // no file, or nobody listens behind it
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, true
+	}
+	raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	return pid, true
+}
+
+// endProcess sends SIGTERM and waits for the end.
+func endProcess(ctx context.Context, pid int) error {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	ended := os.NewFile(uintptr(fd), "pidfd")
+	defer ended.Close()
+	if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	deadline := time.Now().Add(endTimeout)
+	for {
+		left := time.Until(deadline)
+		if left <= 0 {
+			return fmt.Errorf("still there after %v", endTimeout)
+		}
+		// Short waits, so that the caller's own end is noticed.
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(min(left, 200*time.Millisecond)/time.Millisecond)+1)
+		switch {
+		case err != nil && !errors.Is(err, unix.EINTR):
+			return err
+		case n > 0:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		}
+	}
+}
+
+func (a *app) cleanup() error {
+	removed, err := datapath.Remove(a.bpfRoot)
+	if errors.Is(err, datapath.ErrBusy) {
+		err = hint(err, "the agent has another run directory than "+a.runDir+": give it with --run-dir, or stop the agent")
+	}
+	if err == nil {
+		var files []string
+		files, err = removeRunFiles(a.runDir)
+		removed = append(removed, files...)
+	}
+	if err == nil && len(removed) == 0 {
+		return a.print("Nothing to remove\n")
+	}
+	for _, what := range removed {
+		if err := a.printf("Removed %s\n", what); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// removeRunFiles removes what the agent left in its run directory, and the
+// directory if it is empty then. Other files there are not ours.
+func removeRunFiles(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	var removed []string
+	for _, e := range entries {
+		// The agent writes policy.json by way of .policy.json.NUMBER.
+		if e.Name() != "agent.sock" && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "policy.json") {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return removed, fmt.Errorf("run directory: %w", err)
+		}
+		removed = append(removed, path)
+	}
+	if err := os.Remove(dir); err == nil {
+		removed = append(removed, dir)
+	}
+	return removed, nil
+}

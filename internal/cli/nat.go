@@ -1,0 +1,174 @@
+package cli
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"bauta.dev/bauta/internal/datapath"
+)
+
+// natEntry is a line of bpf nat list, flat as scripts like it.
+type natEntry struct {
+	Proto          string `json:"proto"`
+	Dir            string `json:"dir"` // OUT or IN
+	Src            string `json:"src"`
+	SrcPort        uint16 `json:"srcPort"`
+	Dst            string `json:"dst"`
+	DstPort        uint16 `json:"dstPort"`
+	Xlate          string `json:"xlate"`
+	XlatePort      uint16 `json:"xlatePort"`
+	CreatedSeconds int64  `json:"createdSeconds"`
+	State          string `json:"state"`
+	Packets        uint64 `json:"packets"`
+	Bytes          uint64 `json:"bytes"`
+	Kind           string `json:"kind,omitempty"` // inbound or host; empty: a mapping
+}
+
+func (a *app) newNATList() *cobra.Command {
+	var f *format
+	var filter natFilter
+	var all bool
+	c := list("List the mappings of masqueraded flows",
+		`List the mappings of masqueraded flows, a line for each direction. With ICMP the
+identifier stands as the port; protocols without ports have port 0.`,
+		`  bauta bpf nat list
+  bauta bpf nat list --pod 10.0.1.99 --proto udp
+  bauta bpf nat list --remote 1.1.1.1:443 -o json
+  bauta bpf nat list --remote [2001:db8::1]:443`,
+		func() error {
+			return a.inspect(func(in *datapath.Inspector) error {
+				var mappings []datapath.Mapping
+				for _, one := range filter.filters(all) {
+					found, err := in.Mappings(one)
+					if err != nil {
+						return err
+					}
+					mappings = append(mappings, found...)
+				}
+				sortMappings(mappings)
+				if *f == text {
+					return showList(a, *f, mappings, mappingText)
+				}
+				return showList(a, *f, natEntries(mappings), nil)
+			})
+		})
+	filter.register(c)
+	c.Flags().BoolVar(&all, "all", false, "also connections opened from outside, and flows of the node itself")
+	f = outputFlag(c)
+	return c
+}
+
+func (a *app) newNATFlush() *cobra.Command {
+	var filter natFilter
+	c := &cobra.Command{
+		Use:   "flush",
+		Short: "Remove mappings",
+		Long: `Remove the mappings of masqueraded flows, all or those that the filters select.
+Their connections break, unless the next packet can begin a new one, as with UDP.`,
+		Example: `  bauta bpf nat flush --pod 10.0.1.99
+  bauta bpf nat flush --proto udp --remote 10.96.0.10:53
+  bauta bpf nat flush`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := a.requireRoot(c, "try sudo "+c.CommandPath()); err != nil {
+				return err
+			}
+			return a.inspect(func(in *datapath.Inspector) error {
+				flushed := 0
+				for _, one := range filter.filters(false) {
+					n, err := in.Flush(one)
+					if err != nil {
+						return err
+					}
+					flushed += n
+				}
+				return a.printf("Flushed %d mappings\n", flushed)
+			})
+		},
+		DisableFlagsInUseLine: true,
+	}
+	filter.register(c)
+	return c
+}
+
+// sortMappings puts each flow's two lines together, leaving first, and the flows
+// in the order of protocol, inner socket and remote socket.
+func sortMappings(mappings []datapath.Mapping) {
+	slices.SortStableFunc(mappings, func(a, b datapath.Mapping) int {
+		innerA, remoteA, outerA := sockets(a)
+		innerB, remoteB, outerB := sockets(b)
+		return cmp.Or(cmp.Compare(a.Proto, b.Proto), innerA.Compare(innerB), remoteA.Compare(remoteB),
+			outerA.Compare(outerB), cmp.Compare(a.Kind, b.Kind), cmp.Compare(rank(a), rank(b)))
+	})
+}
+
+// sockets are the three ends of a flow, whichever direction m is. A connection
+// opened from outside is not translated: its outer socket is none.
+func sockets(m datapath.Mapping) (inner, remote, outer netip.AddrPort) {
+	switch {
+	case m.Out:
+		return m.Src, m.Dst, m.Xlate
+	case m.Xlate.IsValid():
+		return m.Xlate, m.Src, m.Dst
+	}
+	return m.Dst, m.Src, m.Xlate
+}
+
+func rank(m datapath.Mapping) int {
+	if m.Out {
+		return 0
+	}
+	return 1
+}
+
+func direction(m datapath.Mapping) (dir, xlate string) {
+	if m.Out {
+		return "OUT", "XLATE_SRC"
+	}
+	return "IN", "XLATE_DST"
+}
+
+func mappingText(mappings []datapath.Mapping) string {
+	var b strings.Builder
+	for _, m := range mappings {
+		dir, xlate := direction(m)
+		fmt.Fprintf(&b, "%s %s %s -> %s", protoName(m.Proto), dir, m.Src, m.Dst)
+		if m.Xlate.IsValid() {
+			fmt.Fprintf(&b, " %s %s", xlate, m.Xlate)
+		}
+		fmt.Fprintf(&b, " Created=%dsec ago State=%s", m.Age/time.Second, m.State)
+		if m.Kind != datapath.KindMapping {
+			fmt.Fprintf(&b, " Kind=%s", m.Kind)
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+func natEntries(mappings []datapath.Mapping) []natEntry {
+	entries := make([]natEntry, len(mappings))
+	for i, m := range mappings {
+		dir, _ := direction(m)
+		e := natEntry{
+			Proto: protoName(m.Proto), Dir: dir,
+			Src: m.Src.Addr().String(), SrcPort: m.Src.Port(),
+			Dst: m.Dst.Addr().String(), DstPort: m.Dst.Port(),
+			CreatedSeconds: int64(m.Age / time.Second), State: m.State,
+			Packets: uint64(m.Packets), Bytes: m.Bytes,
+		}
+		if m.Xlate.IsValid() {
+			e.Xlate, e.XlatePort = m.Xlate.Addr().String(), m.Xlate.Port()
+		}
+		if m.Kind != datapath.KindMapping {
+			e.Kind = string(m.Kind)
+		}
+		entries[i] = e
+	}
+	return entries
+}

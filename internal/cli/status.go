@@ -1,0 +1,72 @@
+package cli
+
+import (
+	"errors"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"bauta.dev/bauta/internal/agent"
+)
+
+func (a *app) newStatus() *cobra.Command {
+	var f *format
+	var brief bool
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show what is running",
+		Long: `Show what is running: the masquerading in force, the agent, devices, source
+ranges, files, flows, ports, drops and warnings.
+
+With the agent down it reads what the agent left pinned. The exit status is 0 if
+all is well, 3 if something is degraded, and 1 if there is neither an agent nor a
+data plane.`,
+		Example: `  bauta status
+  bauta status --brief
+  bauta status -o json | jq .flows`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			st, err := agent.ReadStatus(a.bpfRoot, a.runDir)
+			if err != nil {
+				return a.noStatus(err)
+			}
+			return a.showStatus(st, *f, brief)
+		},
+		DisableFlagsInUseLine: true,
+	}
+	c.Flags().BoolVar(&brief, "brief", false, "one line: OK, or what is degraded")
+	f = outputFlag(c)
+	return c
+}
+
+func (a *app) noStatus(err error) error {
+	var advice []string
+	if !a.Root {
+		advice = append(advice, "only root can see an agent: try sudo bauta status")
+	}
+	if errors.Is(err, agent.ErrNothing) && len(hints(err)) == 0 {
+		advice = append(advice, "bauta agent starts one",
+			"if one runs with other directories, give them: --bpf-root DIR --run-dir DIR (now "+a.bpfRoot+" and "+a.runDir+")")
+	}
+	return hint(err, advice...)
+}
+
+func (a *app) showStatus(st agent.Status, f format, brief bool) error {
+	degraded := st.Degraded()
+	text := func() string { return statusText(st) }
+	if brief {
+		text = func() string {
+			if len(degraded) == 0 {
+				return "OK\n"
+			}
+			return strings.Join(degraded, "; ") + "\n"
+		}
+	}
+	if err := a.show(f, st, text); err != nil {
+		return err
+	}
+	if len(degraded) > 0 {
+		return errDegraded
+	}
+	return nil
+}

@@ -1,0 +1,225 @@
+package cli
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"bauta.dev/bauta/internal/agent"
+	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// block is a labeled part of a text: the label stands before the first line only.
+type block struct{ label, text string }
+
+// blocks aligns texts behind their labels, as the line is that Cilium's users
+// grep for: "Masquerading:" and three blanks.
+func blocks(list ...block) string {
+	const width = len("Masquerading:   ")
+	var b strings.Builder
+	for _, bl := range list {
+		label := bl.label + ":"
+		for line := range strings.Lines(bl.text) {
+			fmt.Fprintf(&b, "%-*s%s\n", width, label, strings.TrimSuffix(line, "\n"))
+			label = ""
+		}
+	}
+	return b.String()
+}
+
+// statusText is the text form of status. Its first line is fixed by the contract.
+func statusText(st agent.Status) string {
+	list := []block{
+		{"Masquerading", st.Line()},
+		{"Health", healthText(st)},
+		{"Agent", agentText(st.Agent)},
+		{"Data plane", datapathText(st.Datapath)},
+		{"Devices", deviceText(st.Devices)},
+		{"Sources", table(sourceRow("IPv4", st.Sources.IPv4), sourceRow("IPv6", st.Sources.IPv6))},
+		{"ip-masq-agent", ipMasqText(st.IPMasqAgent)},
+		{"Nodes", nodesText(st.Nodes)},
+		{"Flows", table(flowRow("IPv4", st.Flows.IPv4), flowRow("IPv6", st.Flows.IPv6))},
+		{"Ports", portText(st.Ports)},
+		{"Drops", dropText(st.Drops)},
+		{"Warnings", lines(st.Warnings, "none")},
+	}
+	return blocks(list...)
+}
+
+func lines(list []string, none string) string {
+	if len(list) == 0 {
+		return none
+	}
+	return strings.Join(list, "\n")
+}
+
+func healthText(st agent.Status) string { return lines(st.Degraded(), "OK") }
+
+func agentText(ag agent.AgentStatus) string {
+	var parts []string
+	if ag.PID != 0 {
+		parts = append(parts, fmt.Sprintf("pid %d", ag.PID))
+	}
+	if ag.Version != "" {
+		parts = append(parts, "version "+ag.Version)
+	}
+	if ag.State != agent.Running {
+		if len(parts) == 0 {
+			return "down"
+		}
+		return "down   (the last one: " + strings.Join(parts, ", ") + ")"
+	}
+	parts = append([]string{"running"}, parts...)
+	parts = append(parts, "up "+uptime(time.Duration(ag.UptimeSeconds)*time.Second))
+	if !ag.LastApply.IsZero() {
+		parts = append(parts, "applied "+stamp(ag.LastApply))
+	}
+	text := strings.Join(parts, "   ")
+	if ag.Error != "" {
+		text += "\nretrying: " + oneLine(ag.Error)
+	}
+	return text
+}
+
+func datapathText(d agent.DatapathStatus) string {
+	switch {
+	case !d.Present:
+		return "none"
+	case !d.Applied:
+		return columns("pinned, without a policy", d.Tier)
+	}
+	return columns("pinned", d.Tier)
+}
+
+// columns joins what is not empty.
+func columns(parts ...string) string {
+	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), "   ")
+}
+
+func deviceText(devices []agent.DeviceStatus) string {
+	var rows [][]string
+	for _, d := range devices {
+		rows = append(rows, []string{d.Name, string(d.State), cmp.Or(string(d.Hook), "-"), addrText(d.IPv4), addrText(d.IPv6)})
+		for _, program := range d.Ahead {
+			rows = append(rows, []string{"", "behind " + program})
+		}
+	}
+	if len(rows) == 0 {
+		return "none"
+	}
+	return table(rows...)
+}
+
+func addrText(a netip.Addr) string {
+	if !a.IsValid() {
+		return "-"
+	}
+	return a.String()
+}
+
+func sourceRow(family string, s agent.FamilySources) []string {
+	row := []string{family, string(s.State)}
+	var ranges []string
+	for _, r := range s.Ranges {
+		ranges = append(ranges, fmt.Sprintf("%s (%s)", r.Prefix, r.Origin))
+	}
+	if len(ranges) > 0 {
+		row = append(row, strings.Join(ranges, ", "))
+	}
+	return row
+}
+
+func ipMasqText(s agent.IPMasqStatus) string {
+	if !s.Enabled {
+		return "off"
+	}
+	text := columns(s.Path, "profile "+s.Profile, plural(s.Prefixes, "prefix"), "file: "+cmp.Or(s.State, "unknown"))
+	if s.InForce != "" && s.InForce != agent.FromFile {
+		text += "   in force: " + string(s.InForce)
+	}
+	if !s.LastReload.IsZero() {
+		text += "   reloaded " + stamp(s.LastReload)
+	}
+	var rows [][]string
+	for _, r := range s.Rules {
+		rows = append(rows, []string{"  " + r.Prefix.String(), r.Origin})
+	}
+	return joinLines(text, table(rows...), problemLines(s.LastError, s.Warnings))
+}
+
+func nodesText(s agent.NodesStatus) string {
+	text := columns(fmt.Sprintf("%d known", s.Known), plural(s.Addresses, "address"), s.File)
+	if !s.LastReload.IsZero() {
+		text += "   reloaded " + stamp(s.LastReload)
+	}
+	return joinLines(text, problemLines(s.LastError, nil))
+}
+
+func problemLines(lastError string, warnings []string) string {
+	var list []string
+	if lastError != "" {
+		list = append(list, "  rejected: "+oneLine(lastError))
+	}
+	for _, w := range warnings {
+		list = append(list, "  warning: "+oneLine(w))
+	}
+	return strings.Join(list, "\n")
+}
+
+func joinLines(parts ...string) string {
+	for i := range parts {
+		parts[i] = strings.TrimSuffix(parts[i], "\n")
+	}
+	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), "\n")
+}
+
+func flowRow(family string, u datapath.Usage) []string {
+	return []string{family, fmt.Sprintf("%d/%d", u.Flows, u.Limit), fmt.Sprintf("from outside %d/%d", u.Inbound, u.InboundLimit)}
+}
+
+func portText(p agent.PortsStatus) string {
+	text := columns(cmp.Or(p.Ranges, "-"), plural(p.Pool, "port"))
+	if w := p.Worst; w != nil {
+		text += fmt.Sprintf("\nworst remote: %s %s   %d/%d used by %s", protoName(w.Proto), w.Remote, w.Used, w.Pool, w.Address)
+	}
+	return text
+}
+
+func dropText(drops map[string]uint64) string {
+	meanings := make(map[string]string)
+	for _, o := range policy.Outcomes() {
+		meanings[o.Name] = o.Meaning
+	}
+	var rows [][]string
+	for _, reason := range slices.Sorted(maps.Keys(drops)) {
+		if drops[reason] > 0 {
+			rows = append(rows, []string{reason, fmt.Sprint(drops[reason]), meanings[reason]})
+		}
+	}
+	if len(rows) == 0 {
+		return "none"
+	}
+	return table(rows...)
+}
+
+// stamp is a time as logs have it, in UTC.
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// uptime is a duration in its two largest units.
+func uptime(d time.Duration) string {
+	days, hours, minutes, seconds := int(d.Hours())/24, int(d.Hours())%24, int(d.Minutes())%60, int(d.Seconds())%60
+	switch {
+	case days > 0:
+		return fmt.Sprintf("%dd%dh", days, hours)
+	case hours > 0:
+		return fmt.Sprintf("%dh%dm", hours, minutes)
+	case minutes > 0:
+		return fmt.Sprintf("%dm%ds", minutes, seconds)
+	}
+	return fmt.Sprintf("%ds", seconds)
+}
