@@ -20,7 +20,7 @@ devices, beside any CNI or none.
 The programs stay and go on working when the agent is down; only
 'bauta cleanup' takes them away. Every command that reads works with or without
 an agent.`,
-		a.newAgent(), a.newStatus(), a.newBPF(), a.newConfig(), a.newCleanup(), a.newVersion(), a.newCompletion())
+		a.newAgent(), a.newStatus(), a.newBPF(), a.newConfig(), a.newCleanup(), a.newDemo(), a.newVersion(), a.newCompletion())
 	root.Example = `  bauta agent --pod-cidrs 10.0.0.0/16
   bauta status
   bauta bpf nat list --pod 10.0.1.99`
@@ -28,6 +28,7 @@ an agent.`,
 	root.SilenceUsage = true
 	root.DisableAutoGenTag = true
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable (not .HasAvailableSubCommands)}}", 1))
 	root.SetOut(env.Stdout)
 	root.SetErr(env.Stderr)
 	root.SetFlagErrorFunc(flagError)
@@ -54,7 +55,6 @@ func group(use, short, long string, commands ...*cobra.Command) *cobra.Command {
 		},
 		RunE:                       func(c *cobra.Command, _ []string) error { return c.Help() },
 		SuggestionsMinimumDistance: 2,
-		DisableFlagsInUseLine:      true,
 	}
 	c.AddCommand(commands...)
 	return c
