@@ -14,9 +14,7 @@ package agent
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"log/slog"
-	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -64,6 +62,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	datapathLog, devicesLog, filesLog := log.With("component", "datapath"), log.With("component", "devices"), log.With("component", "filewatch")
 	log = log.With("component", "agent")
 	if err := supported(cfg); err != nil {
 		return err
@@ -71,9 +70,9 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if err := prepareRunDir(runDir); err != nil {
 		return err
 	}
-	kernel, err := openDatapath(datapath.Options{
+	kernel, err := datapath.Open(datapath.Options{
 		Root: root, Flows: cfg.MaxFlows, DefaultFlows: cfg.Flows(memory()),
-		AllowPrivateBPFFS: cfg.AllowPrivateBPFFS, Log: log.With("component", "datapath"),
+		AllowPrivateBPFFS: cfg.AllowPrivateBPFFS, Log: datapathLog,
 	})
 	if err != nil {
 		return err
@@ -83,26 +82,27 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if err != nil {
 		return err
 	}
-	service := newSystemd(os.Getenv)
-	defer service.close()
-
 	inspect := func() (inspector, error) { return inspectRoot(root) }
 	l := newLoop(cfg, opt, runDir, log)
-	l.systemd, l.kernel = service, kernel
-	l.readNetwork, l.readReserved = devices.Read, reservedPorts
-	l.exclusions = func() ([]netip.Prefix, bool) { return exclusions(inspect, log) }
+	if l.earlier, err = readEarlier(inspect, runDir); err != nil {
+		log.Warn("state of the last run not read", "error", err)
+	}
+	l.kernel, l.readNetwork, l.readReserved = kernel, devices.Read, reservedPorts
 	l.facts.noIPv6 = !hasIPv6()
-	l.publish()
+	service := newSystemd(os.Getenv)
+	defer service.close()
+	l.systemd = service
+	l.announce()
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return l.run(ctx) })
-	group.Go(func() error { return devices.Watch(ctx, log, l.signals.network.put) })
+	group.Go(func() error { return devices.Watch(ctx, devicesLog, l.signals.network.put) })
 	watch := func(changed slot, paths ...string) {
 		if paths = slices.DeleteFunc(paths, func(p string) bool { return p == "" }); len(paths) == 0 {
 			return
 		}
 		group.Go(func() error {
-			return filewatch.Run(ctx, filewatch.Options{Paths: paths, Log: log, Ready: changed.put}, changed.put)
+			return filewatch.Run(ctx, filewatch.Options{Paths: paths, Log: filesLog, Ready: changed.put}, changed.put)
 		})
 	}
 	if cfg.IPMasqAgent {
@@ -133,13 +133,6 @@ func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *l
 	if cfg.NodesFile != "" {
 		l.nodes = &nodesFile{path: cfg.NodesFile}
 	}
-	switch last, err := ReadPolicyFile(runDir); {
-	case err == nil:
-		l.last = &last
-	case !errors.Is(err, fs.ErrNotExist):
-		log.Warn("policy file of the last run not read", "error", err)
-	}
-	l.wanted = assemble(cfg, l.facts)
 	return l
 }
 
@@ -153,24 +146,6 @@ func (l *loop) status(inspect func() (inspector, error)) func() (Status, error) 
 		defer k.Close()
 		return l.published.Load().status(time.Now(), k)
 	}
-}
-
-// exclusions is the ip-masq-agent list that an earlier agent left in the kernel.
-func exclusions(inspect func() (inspector, error), log *slog.Logger) ([]netip.Prefix, bool) {
-	k, err := inspect()
-	if err != nil {
-		log.Warn("pinned policy not read", "error", err)
-		return nil, false
-	}
-	defer k.Close()
-	if !k.Applied() {
-		return nil, false
-	}
-	list, err := k.Exclusions()
-	if err != nil {
-		log.Warn("pinned policy not read", "error", err)
-	}
-	return list, err == nil
 }
 
 // supported refuses options that this release has no code for: none is silently ignored.

@@ -32,16 +32,16 @@ type inspector interface {
 	WorstPort() (datapath.PortUse, error)
 	Applied() bool
 	Tier() string
-	Close()
+	Close() error
 }
 
-// inspectRoot opens the data plane below root; none is fs.ErrNotExist.
+// inspectRoot opens the data plane below root; datapath.ErrNone: there is none.
 func inspectRoot(root string) (inspector, error) {
-	return nil, fs.ErrNotExist
-}
-
-func openDatapath(opt datapath.Options) (backend, error) {
-	return nil, errors.ErrUnsupported
+	k, err := datapath.Inspect(root)
+	if err != nil {
+		return nil, err // not a nil pointer in an interface
+	}
+	return k, nil
 }
 
 const reservedPortsPath = "/proc/sys/net/ipv4/ip_local_reserved_ports"
@@ -68,6 +68,73 @@ func reservedPorts() ([]config.PortRange, error) {
 func hasIPv6() bool {
 	_, err := os.Stat("/proc/net/if_inet6")
 	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// earlier is what an agent before this one left in force.
+type earlier struct {
+	applied    bool // there is a policy in the kernel
+	exclusions []netip.Prefix
+	attached   []datapath.Attachment
+	file       *PolicyFile // nil: none
+}
+
+// readEarlier reads what an earlier agent left, before the first apply. With an
+// error it returns what could be read.
+func readEarlier(inspect func() (inspector, error), runDir string) (e earlier, err error) {
+	k, err := inspect()
+	if err != nil {
+		return e, err
+	}
+	defer k.Close()
+	e.applied = k.Applied()
+	if e.exclusions, err = k.Exclusions(); err != nil {
+		return e, fmt.Errorf("read the pinned policy: %w", err)
+	}
+	if e.attached, err = k.Attachments(); err != nil {
+		return e, fmt.Errorf("read the pinned policy: %w", err)
+	}
+	switch file, err := ReadPolicyFile(runDir); {
+	case err == nil:
+		e.file = &file
+	case !errors.Is(err, fs.ErrNotExist):
+		return e, err
+	}
+	return e, nil
+}
+
+// nonMasq is the ip-masq-agent list of the earlier agent. The kernel knows the
+// prefixes, policy.json the origin of each and whether ip-masq-agent was on.
+// Without policy.json a list can only be of ip-masq-agent, but an empty one may as
+// well mean that it was off.
+func (e earlier) nonMasq() ([]policy.Rule, bool) {
+	switch {
+	case !e.applied, e.file == nil && len(e.exclusions) == 0, e.file != nil && !e.file.IPMasqAgent.Enabled:
+		return nil, false
+	}
+	origins := make(map[netip.Prefix]string)
+	if e.file != nil {
+		for _, r := range e.file.NonMasq {
+			origins[r.Prefix] = r.Origin
+		}
+	}
+	rules := make([]policy.Rule, len(e.exclusions))
+	for i, p := range e.exclusions {
+		rules[i] = policy.Rule{Prefix: p, Origin: orDefault(origins[p], "pinned")}
+	}
+	return rules, true
+}
+
+// nodes are those that the earlier agent had read from the nodes-file at path.
+func (e earlier) nodes(path string) []policy.NodeAddr {
+	var nodes []policy.NodeAddr
+	if e.file != nil {
+		for _, n := range e.file.Nodes {
+			if n.Origin == "file "+path {
+				nodes = append(nodes, n)
+			}
+		}
+	}
+	return nodes
 }
 
 // memory is the size of the machine's memory; zero if it is not to be had.

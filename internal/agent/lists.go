@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -28,9 +27,9 @@ type ipMasqFile struct {
 	err        error        // why the file as it is now is rejected
 }
 
-// reload reads the file. With a bad one at first start pinned is asked for the
-// list of an earlier agent.
-func (f *ipMasqFile) reload(now time.Time, pinned func() ([]policy.Rule, bool), log *slog.Logger) {
+// reload reads the file. With a bad one at first start the list of an earlier
+// agent stays.
+func (f *ipMasqFile) reload(now time.Time, before earlier, log *slog.Logger) {
 	list, err := ipmasq.Load(f.path, f.profile)
 	if err == nil {
 		if f.origin != FromFile || !slices.Equal(list.Rules, f.list.Rules) {
@@ -44,7 +43,7 @@ func (f *ipMasqFile) reload(now time.Time, pinned func() ([]policy.Rule, bool), 
 		f.origin = FromLastGood
 	case "":
 		f.list, f.origin = ipmasq.Defaults(f.profile), FromDefaults
-		if rules, ok := pinned(); ok {
+		if rules, ok := before.nonMasq(); ok {
 			f.list, f.origin = ipmasq.List{Rules: rules, State: ipmasq.Fallback, Profile: f.profile}, FromPinned
 		}
 	}
@@ -73,33 +72,6 @@ func (f *ipMasqFile) status() IPMasqStatus {
 	return s
 }
 
-// pinnedNonMasq is the ip-masq-agent list that an earlier agent left. The kernel
-// knows the prefixes, policy.json whether ip-masq-agent was on, and each origin.
-// Without policy.json a list that is there can only be of ip-masq-agent; an empty
-// one may as well mean that it was off.
-func pinnedNonMasq(kernel []netip.Prefix, last *PolicyFile) ([]policy.Rule, bool) {
-	if last == nil && len(kernel) == 0 || last != nil && !last.IPMasqAgent.Enabled {
-		return nil, false
-	}
-	rules := make([]policy.Rule, 0, len(kernel))
-	for _, p := range kernel {
-		rules = append(rules, policy.Rule{Prefix: p, Origin: "pinned"})
-	}
-	if last == nil {
-		return rules, true
-	}
-	origins := make(map[netip.Prefix]string, len(last.NonMasq))
-	for _, r := range last.NonMasq {
-		origins[r.Prefix] = r.Origin
-	}
-	for i, r := range rules {
-		if origin, ok := origins[r.Prefix]; ok {
-			rules[i].Origin = origin
-		}
-	}
-	return rules, true
-}
-
 // nodesFile is the list of other nodes in force.
 type nodesFile struct {
 	path       string
@@ -109,10 +81,9 @@ type nodesFile struct {
 	err        error
 }
 
-// reload reads the file. last is what an earlier agent left, may be nil. A
-// missing file is an error: the option names it, and forgetting the nodes would
-// masquerade towards them.
-func (f *nodesFile) reload(now time.Time, last *PolicyFile, log *slog.Logger) {
+// reload reads the file. A missing one is an error: the option names it, and
+// forgetting the nodes would masquerade towards them.
+func (f *nodesFile) reload(now time.Time, before earlier, log *slog.Logger) {
 	nodes, err := readNodes(f.path)
 	if err == nil {
 		if !f.loaded || f.err != nil || !slices.Equal(nodes, f.nodes) {
@@ -121,13 +92,8 @@ func (f *nodesFile) reload(now time.Time, last *PolicyFile, log *slog.Logger) {
 		f.nodes, f.loaded, f.lastReload, f.err = nodes, true, now, nil
 		return
 	}
-	if !f.loaded && last != nil {
-		for _, n := range last.Nodes {
-			if n.Origin == "file "+f.path {
-				f.nodes = append(f.nodes, n)
-			}
-		}
-		f.loaded = true
+	if !f.loaded {
+		f.nodes, f.loaded = before.nodes(f.path), true
 	}
 	logRejected(log, f.err, err, "addresses", len(f.nodes))
 	f.err = err
@@ -199,6 +165,9 @@ type optionFiles struct {
 }
 
 func (f *optionFiles) reload(log *slog.Logger) {
+	if f.sources.File == "" && f.sources.Dir == "" {
+		return // flags and environment stay as they are
+	}
 	next, err := config.Load(f.sources)
 	if err != nil {
 		logRejected(log, f.err, err)

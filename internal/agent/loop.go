@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/policy"
 )
@@ -62,12 +63,11 @@ type loop struct {
 	kernel       backend
 	readNetwork  func() (devices.Snapshot, error)
 	readReserved func() ([]config.PortRange, error)
-	exclusions   func() ([]netip.Prefix, bool) // of a policy that an earlier agent left in the kernel
+	earlier      earlier
 
 	ipMasq  *ipMasqFile // nil: off
 	nodes   *nodesFile  // nil: none
 	options *optionFiles
-	last    *PolicyFile // of an earlier agent; nil: none
 
 	facts facts
 	stale stale // what of the facts is to be read again
@@ -130,7 +130,9 @@ func (l *loop) run(ctx context.Context) error {
 			l.log.Info("reloading")
 			l.stale, l.force = allStale, true
 			l.reconcile(ctx, due)
-			l.systemd.ready()
+			if l.agent.Ready {
+				l.systemd.ready()
+			}
 		case <-due.C:
 			l.reconcile(ctx, due)
 		case <-sweep.C:
@@ -210,11 +212,11 @@ func (l *loop) settle() {
 func (l *loop) read() error {
 	now := time.Now()
 	if l.stale.ipMasq && l.ipMasq != nil {
-		l.ipMasq.reload(now, l.pinned, l.log)
+		l.ipMasq.reload(now, l.earlier, l.log)
 		l.facts.nonMasq = l.ipMasq.list.Rules
 	}
 	if l.stale.nodes && l.nodes != nil {
-		l.nodes.reload(now, l.last, l.log)
+		l.nodes.reload(now, l.earlier, l.log)
 		l.facts.nodes = l.nodes.nodes
 	}
 	if l.stale.options {
@@ -228,7 +230,7 @@ func (l *loop) read() error {
 		}
 		l.facts.network, l.stale.network = network, false
 	}
-	l.facts.attached = l.kernel.Attached()
+	l.facts.attached = l.attached()
 	if l.stale.reserved {
 		reserved, err := l.readReserved()
 		if err != nil {
@@ -239,13 +241,13 @@ func (l *loop) read() error {
 	return nil
 }
 
-// pinned is the ip-masq-agent list that an earlier agent left in force.
-func (l *loop) pinned() ([]policy.Rule, bool) {
-	prefixes, ok := l.exclusions()
-	if !ok {
-		return nil, false
+// attached are the devices with our programs on them. Before the first apply only
+// the pinned policy knows which of them masquerade and which drain.
+func (l *loop) attached() []datapath.Attachment {
+	if l.inForce == nil {
+		return l.earlier.attached
 	}
-	return pinnedNonMasq(prefixes, l.last)
+	return l.kernel.Attached()
 }
 
 // loses tells whether an address that mappings may use has left the node.

@@ -8,6 +8,12 @@ import (
 	"bauta.dev/bauta/internal/config"
 )
 
+// announce shows readers an agent that has applied nothing yet.
+func (l *loop) announce() {
+	l.wanted = assemble(l.cfg, l.facts)
+	l.publish()
+}
+
 // publish writes policy.json if it has changed, and shows the state to readers.
 func (l *loop) publish() {
 	v := &view{agent: l.agent, missing: l.wanted.selection.Missing}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io/fs"
 	"time"
+
+	"bauta.dev/bauta/internal/datapath"
 )
 
 // ErrNothing says that there is neither an agent nor a data plane.
@@ -38,7 +40,7 @@ func readStatus(runDir string, inspect func() (inspector, error)) (Status, error
 func offline(runDir string, inspect func() (inspector, error)) (Status, error) {
 	k, err := inspect()
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, datapath.ErrNone):
 		return Status{}, ErrNothing
 	case err != nil:
 		return Status{}, err
