@@ -8,11 +8,4 @@ import (
 	"bauta.dev/bauta/internal/cli"
 )
 
-// version is set by builds outside of a git checkout: -ldflags "-X main.version=v1.2.3".
-var version string
-
-func main() {
-	env := cli.System()
-	env.Version = version
-	os.Exit(cli.Main(env, os.Args[1:]))
-}
+func main() { os.Exit(cli.Main(cli.System(), os.Args[1:])) }

@@ -18,14 +18,13 @@ runs or not.`,
 // list makes the command list, alias ls.
 func list(short, long, example string, run func() error) *cobra.Command {
 	return &cobra.Command{
-		Use:                   "list",
-		Aliases:               []string{"ls"},
-		Short:                 short,
-		Long:                  long,
-		Example:               example,
-		Args:                  noArgs,
-		RunE:                  func(*cobra.Command, []string) error { return run() },
-		DisableFlagsInUseLine: true,
+		Use:     "list",
+		Aliases: []string{"ls"},
+		Short:   short,
+		Long:    long,
+		Example: example,
+		Args:    noArgs,
+		RunE:    func(*cobra.Command, []string) error { return run() },
 	}
 }
 

@@ -44,7 +44,6 @@ It refuses while an agent runs there. Doing it twice is harmless.`,
 			}
 			return a.cleanup()
 		},
-		DisableFlagsInUseLine: true,
 	}
 	c.Flags().BoolVar(&force, "force", false, "end an agent that runs there first")
 	return c

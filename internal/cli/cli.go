@@ -47,6 +47,7 @@ func System() Env {
 		Stderr:  os.Stderr,
 		Environ: os.Environ(),
 		Root:    os.Geteuid() == 0,
+		Version: version,
 	}
 }
 

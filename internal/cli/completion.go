@@ -38,6 +38,5 @@ func (a *app) newCompletion() *cobra.Command {
 			}
 			return &usageError{msg: fmt.Sprintf("%s: unknown shell %q", c.CommandPath(), args[0]), hints: []string{"name one of " + strings.Join(shells, ", ")}}
 		},
-		DisableFlagsInUseLine: true,
 	}
 }

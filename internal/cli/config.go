@@ -69,7 +69,6 @@ one has to accept it. The exit status is 1 if anything is refused.`,
 			}
 			return a.showVerdicts(*f, verdicts)
 		},
-		DisableFlagsInUseLine: true,
 	}
 	src.register(c)
 	c.Flags().Var(&enumValue{&profile, profileNames()}, "profile", "`profile` that has to accept ip-masq-agent files: "+strings.Join(profileNames(), ", "))

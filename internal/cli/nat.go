@@ -91,7 +91,6 @@ Their connections break, unless the next packet can begin a new one, as with UDP
 				return a.printf("Flushed %d mappings\n", flushed)
 			})
 		},
-		DisableFlagsInUseLine: true,
 	}
 	filter.register(c)
 	return c

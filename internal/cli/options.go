@@ -34,22 +34,19 @@ func newOptionFlags() *optionFlags {
 	return o
 }
 
+// optionUsage is what the option does, its values and its default.
 func optionUsage(opt config.Option) string {
-	usage := opt.Usage
-	if len(opt.Values) > 0 && !slices.ContainsFunc(opt.Values, func(v string) bool { return !strings.Contains(usage, v) }) {
-		return withDefault(usage, opt.Default)
+	var notes []string
+	if n := len(opt.Values); n > 0 {
+		notes = append(notes, strings.Join(opt.Values[:n-1], ", ")+" or "+opt.Values[n-1])
 	}
-	if len(opt.Values) > 0 {
-		usage += ": " + strings.Join(opt.Values, ", ")
+	if opt.Default != "" {
+		notes = append(notes, "default "+opt.Default)
 	}
-	return withDefault(usage, opt.Default)
-}
-
-func withDefault(usage, value string) string {
-	if value == "" {
-		return usage
+	if len(notes) == 0 {
+		return opt.Usage
 	}
-	return fmt.Sprintf("%s (default %s)", usage, value)
+	return fmt.Sprintf("%s (%s)", opt.Usage, strings.Join(notes, "; "))
 }
 
 func (o *optionFlags) add(groupName, name string, kind config.Kind, usage string, hidden bool) {

@@ -32,7 +32,6 @@ data plane.`,
 			}
 			return a.showStatus(st, *f, brief)
 		},
-		DisableFlagsInUseLine: true,
 	}
 	c.Flags().BoolVar(&brief, "brief", false, "one line: OK, or what is degraded")
 	f = outputFlag(c)

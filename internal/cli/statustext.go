@@ -74,7 +74,11 @@ func agentText(ag agent.AgentStatus) string {
 		}
 		return "down   (the last one: " + strings.Join(parts, ", ") + ")"
 	}
-	parts = append([]string{"running"}, parts...)
+	state := "running"
+	if !ag.Ready {
+		state += ", not ready"
+	}
+	parts = append([]string{state}, parts...)
 	parts = append(parts, "up "+uptime(time.Duration(ag.UptimeSeconds)*time.Second))
 	if !ag.LastApply.IsZero() {
 		parts = append(parts, "applied "+stamp(ag.LastApply))
@@ -104,10 +108,11 @@ func columns(parts ...string) string {
 func deviceText(devices []agent.DeviceStatus) string {
 	var rows [][]string
 	for _, d := range devices {
-		rows = append(rows, []string{d.Name, string(d.State), cmp.Or(string(d.Hook), "-"), addrText(d.IPv4), addrText(d.IPv6)})
-		for _, program := range d.Ahead {
-			rows = append(rows, []string{"", "behind " + program})
+		row := []string{d.Name, string(d.State), cmp.Or(string(d.Hook), "-"), addrText(d.IPv4), addrText(d.IPv6)}
+		if len(d.Ahead) > 0 {
+			row = append(row, "behind "+strings.Join(d.Ahead, ", "))
 		}
+		rows = append(rows, row)
 	}
 	if len(rows) == 0 {
 		return "none"
@@ -134,6 +139,9 @@ func sourceRow(family string, s agent.FamilySources) []string {
 	return row
 }
 
+// maxPrefixLines keeps the rest of a status readable: a list may have 65536.
+const maxPrefixLines = 100
+
 func ipMasqText(s agent.IPMasqStatus) string {
 	if !s.Enabled {
 		return "off"
@@ -146,10 +154,14 @@ func ipMasqText(s agent.IPMasqStatus) string {
 		text += "   reloaded " + stamp(s.LastReload)
 	}
 	var rows [][]string
-	for _, r := range s.Rules {
+	for _, r := range s.Rules[:min(len(s.Rules), maxPrefixLines)] {
 		rows = append(rows, []string{"  " + r.Prefix.String(), r.Origin})
 	}
-	return joinLines(text, table(rows...), problemLines(s.LastError, s.Warnings))
+	more := ""
+	if n := len(s.Rules) - maxPrefixLines; n > 0 {
+		more = fmt.Sprintf("  and %d more: bauta bpf ipmasq list", n)
+	}
+	return joinLines(text, table(rows...), more, problemLines(s.LastError, s.Warnings))
 }
 
 func nodesText(s agent.NodesStatus) string {

@@ -9,6 +9,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// version is set by release builds: -ldflags "-X bauta.dev/bauta/internal/cli.version=v1.2.3".
+var version string
+
 // versionInfo is what this binary was made of.
 type versionInfo struct {
 	Version  string `json:"version"`
@@ -48,7 +51,6 @@ func (a *app) newVersion() *cobra.Command {
 			v := a.version()
 			return a.show(*f, v, v.text)
 		},
-		DisableFlagsInUseLine: true,
 	}
 	f = outputFlag(c)
 	return c
