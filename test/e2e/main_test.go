@@ -1,0 +1,64 @@
+// Package e2e_test drives the real binary in the node of a lab topology: what is
+// tested is what a user starts, and what a pod, the node and the world see of it.
+package e2e_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"testing"
+
+	"bauta.dev/bauta/internal/lab"
+)
+
+// Two builds of the program, with different versions.
+var bautaBin, upgradeBin string
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "bauta-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	for _, b := range []struct {
+		path    *string
+		version string
+	}{{&bautaBin, "e2e-1"}, {&upgradeBin, "e2e-2"}} {
+		*b.path = filepath.Join(dir, b.version, "bauta")
+		cmd := exec.Command("go", "build", "-ldflags", "-s -w -X bauta.dev/bauta/internal/cli.version="+b.version,
+			"-o", *b.path, "bauta.dev/bauta/cmd/bauta")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
+			return 1
+		}
+	}
+	return m.Run()
+}
+
+// starts is served by one thread that lives as long as the tests: the signal
+// that ends an agent with its parent is sent when the thread that started it ends.
+var starts = make(chan func())
+
+func init() {
+	go func() {
+		runtime.LockOSThread()
+		for f := range starts {
+			f()
+		}
+	}()
+}
+
+// startIn starts a command in a namespace.
+func startIn(ns *lab.NS, cmd *exec.Cmd) error {
+	done := make(chan error)
+	starts <- func() { done <- ns.Start(cmd) }
+	return <-done
+}
