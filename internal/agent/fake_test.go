@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -88,10 +89,12 @@ func rules(list []policy.Rule) string {
 // fakeKernel writes what it would do, a line each.
 type fakeKernel struct {
 	lines    []string
-	refuse   error // the answer to Apply
+	refuse   atomic.Pointer[error] // the answer to Apply
 	attached []datapath.Attachment
 	started  time.Time
 }
+
+func (k *fakeKernel) set(refuse error) { k.refuse.Store(&refuse) }
 
 func (k *fakeKernel) say(format string, args ...any) {
 	k.lines = append(k.lines, fmt.Sprintf("%5.2fs ", time.Since(k.started).Seconds())+fmt.Sprintf(format, args...))
@@ -112,9 +115,9 @@ func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
 		nonMasq = []string{fmt.Sprintf("%d prefixes", len(nonMasq))}
 	}
 	text := fmt.Sprintf("apply devices=%v nonmasq=%v nodes=%d", devs, nonMasq, len(p.Input().Nodes))
-	if k.refuse != nil {
-		k.say("%s: %v", text, k.refuse)
-		return k.refuse
+	if err := k.refuse.Load(); err != nil && *err != nil {
+		k.say("%s: %v", text, *err)
+		return *err
 	}
 	k.say("%s", text)
 	return nil

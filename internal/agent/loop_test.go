@@ -1,0 +1,226 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/devices"
+)
+
+// bench is a loop with a fake kernel, in a bubble with a clock of its own.
+type bench struct {
+	*loop
+	kernel *fakeKernel
+	reload chan struct{}
+	list   string // path of the ip-masq-agent file
+
+	mu      sync.Mutex
+	network devices.Snapshot
+	netErr  error
+}
+
+// set changes the world that the loop reads.
+func (b *bench) set(change func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	change()
+}
+
+func newBench(t *testing.T, options ...string) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	b := &bench{
+		kernel:  &fakeKernel{started: time.Now()},
+		network: device(devices.Snapshot{}, 2, "eth0", "192.0.2.1/24"),
+		reload:  make(chan struct{}),
+		list:    filepath.Join(dir, "list"),
+	}
+	cfg := load(t, append(options, "pod-cidrs=10.1.0.0/16", "ip-masq-agent-config-path="+b.list)...)
+	b.loop = newLoop(cfg, Options{Reload: b.reload, Version: "test"}, dir, quiet)
+	b.loop.kernel = b.kernel
+	b.readNetwork = func() (devices.Snapshot, error) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.network, b.netErr
+	}
+	b.readReserved = func() ([]config.PortRange, error) { return nil, nil }
+	return b
+}
+
+// run runs the loop while play goes on, and returns what the kernel was told.
+func (b *bench) run(t *testing.T, play func()) string {
+	t.Helper()
+	b.announce()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- b.loop.run(ctx) }()
+	synctest.Wait()
+	play()
+	synctest.Wait()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	return strings.Join(b.kernel.lines, "\n")
+}
+
+// after lets time pass, then all that is due happen.
+func after(d time.Duration) {
+	time.Sleep(d) // of the bubble's clock: no waiting
+	synctest.Wait()
+}
+
+func check(t *testing.T, got, want string) {
+	t.Helper()
+	want = strings.ReplaceAll(strings.Trim(want, "\n\t"), "\t", "")
+	if got != want {
+		t.Errorf("%s\nwant:\n%s", got, want)
+	}
+}
+
+func TestLoopFollowsChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "enable-ip-masq-agent=true")
+		write(t, b.list, goodList)
+		got := b.run(t, func() {
+			after(time.Second)
+			b.signals.network.put() // nothing has changed
+			after(time.Second)
+			write(t, b.list, strings.ReplaceAll(goodList, "10.0.0.0/8", "10.0.0.0/9"))
+			b.signals.ipMasq.put()
+			after(10 * time.Millisecond)
+			for i := range 5 { // many changes are one
+				b.set(func() { b.network = device(b.network, 3+i, fmt.Sprintf("eth%d", 1+i), "198.51.100.1/24") })
+				b.signals.network.put()
+				after(10 * time.Millisecond)
+			}
+			after(time.Second)
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0
+			 2.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/9] nodes=0
+			 2.10s apply devices=[eth0 192.0.2.1 eth1 198.51.100.1 eth2 198.51.100.1 eth3 198.51.100.1 eth4 198.51.100.1 eth5 198.51.100.1] nonmasq=[10.0.0.0/9] nodes=0`)
+	})
+}
+
+func TestLoopKeepsTheLastGoodList(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "enable-ip-masq-agent=true")
+		write(t, b.list, goodList)
+		got := b.run(t, func() {
+			write(t, b.list, badList)
+			b.signals.ipMasq.put()
+			after(time.Second)
+			s, err := b.published.Load().status(time.Now(), nil)
+			if err != nil || s.IPMasqAgent.InForce != FromLastGood || !strings.Contains(strings.Join(s.Degraded(), "; "), "config rejected: ") {
+				t.Errorf("%+v %v", s.IPMasqAgent, err)
+			}
+			if f, err := ReadPolicyFile(b.runDir); err != nil || f.IPMasqAgent.LastError == "" || len(f.NonMasq) != 1 {
+				t.Errorf("policy.json: %+v %v", f.IPMasqAgent, err)
+			}
+			os.Remove(b.list)
+			b.reload <- struct{}{}
+			after(time.Second)
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0
+			 1.00s apply devices=[eth0 192.0.2.1] nonmasq=[13 prefixes] nodes=0`)
+	})
+}
+
+func TestLoopRetriesAndSweeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.kernel.set(errors.New("no memory"))
+		got := b.run(t, func() {
+			if s, _ := b.published.Load().status(time.Now(), nil); s.Agent.Ready || s.Agent.Error != "no memory" {
+				t.Errorf("%+v", s.Agent)
+			}
+			after(2 * time.Second)
+			b.kernel.set(nil)
+			after(2 * time.Second)
+			if s, _ := b.published.Load().status(time.Now(), nil); !s.Agent.Ready || s.Agent.Error != "" {
+				t.Errorf("%+v", s.Agent)
+			}
+			after(2 * time.Second) // 6 s
+			b.set(func() { b.network = device(devices.Snapshot{}, 2, "eth0", "192.0.2.7/24") })
+			b.signals.network.put()
+			after(time.Second)
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0: no memory
+			 0.25s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0: no memory
+			 0.75s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0: no memory
+			 1.75s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0: no memory
+			 3.75s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0
+			 5.00s sweep
+			 6.00s apply devices=[eth0 192.0.2.7] nonmasq=[] nodes=0
+			 6.00s sweep`)
+	})
+}
+
+func TestLoopHealsWithoutNews(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		got := b.run(t, func() { after(61 * time.Second) })
+		var applies []string
+		for _, line := range strings.Split(got, "\n") {
+			if strings.Contains(line, "apply") {
+				applies = append(applies, strings.Fields(line)[0])
+			}
+		}
+		check(t, strings.Join(applies, " "), "0.00s 30.00s 60.00s")
+	})
+}
+
+func TestLoopSurvivesAnUnreadableNetwork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.netErr = errors.New("netlink: interrupted")
+		got := b.run(t, func() {
+			after(100 * time.Millisecond)
+			b.set(func() { b.netErr = nil })
+			after(time.Second)
+		})
+		check(t, got, " 0.25s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0")
+	})
+}
+
+// An agent that follows another one takes up the devices that it had: they stay
+// even if they would not be detected now.
+func TestLoopTakesUpDevices(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.network.Routes = nil
+		b.network.Links[0].Flags = 0
+		b.earlier.attached = []datapath.Attachment{{Device: "eth0", Index: 2}}
+		got := b.run(t, func() { after(31 * time.Second) })
+		for _, line := range strings.Split(got, "\n") {
+			if strings.Contains(line, "apply") && !strings.Contains(line, "eth0") {
+				t.Error(line)
+			}
+		}
+	})
+}
+
+func TestBothFamiliesOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "enable-ipv4-masquerade=false", "enable-ipv6-masquerade=false")
+		b.run(t, func() {
+			s, _ := b.published.Load().status(time.Now(), nil)
+			if s.Line() != "Disabled" || len(s.Degraded()) > 0 {
+				t.Errorf("%s, degraded: %v", s.Line(), s.Degraded())
+			}
+		})
+	})
+}
