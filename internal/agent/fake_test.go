@@ -23,6 +23,7 @@ import (
 
 // TestMain fails when a goroutine outlives the tests.
 func TestMain(m *testing.M) {
+	child()
 	before := runtime.NumGoroutine()
 	code := m.Run()
 	deadline := time.Now().Add(5 * time.Second)
