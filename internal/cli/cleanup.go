@@ -147,7 +147,9 @@ func endProcess(ctx context.Context, pid int) error {
 func (a *app) cleanup() error {
 	removed, err := datapath.Remove(a.bpfRoot)
 	if errors.Is(err, datapath.ErrBusy) {
-		err = hint(err, "the agent has another run directory than "+a.runDir+": give it with --run-dir, or stop the agent")
+		// Not wrapped: its hints are for a second agent.
+		return hint(fmt.Errorf("cleanup: an agent holds %s", a.bpfRoot),
+			"it has another run directory than "+a.runDir+": give that with --run-dir, or stop the agent")
 	}
 	if err == nil {
 		var files []string
@@ -158,6 +160,9 @@ func (a *app) cleanup() error {
 		return a.print("Nothing to remove\n")
 	}
 	for _, what := range removed {
+		if !strings.ContainsAny(what, "/ ") { // the name of a pin
+			what = filepath.Join(a.bpfRoot, what)
+		}
 		if err := a.printf("Removed %s\n", what); err != nil {
 			return err
 		}
