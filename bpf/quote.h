@@ -44,16 +44,16 @@ static __always_inline __be16 csum_apply(__be16 sum, __u64 diff)
 
 /* Changes a checksum inside the quote by diff; adds what that does to the outer checksum. */
 static __always_inline long quote_fix_checksum(struct __sk_buff *skb, __u32 offset, __u64 diff,
-					       bool udp, __u64 *total)
+					       bool mangle_zero, __u64 *total)
 {
 	__be16 old, new;
 
 	if (bpf_skb_load_bytes(skb, offset, &old, 2))
 		return -1;
-	if (udp && !old)
+	if (mangle_zero && !old)
 		return 0;
 	new = csum_apply(old, diff);
-	if (udp && !new)
+	if (mangle_zero && !new)
 		new = 0xffff;
 	*total += word_diff(old, new);
 	return bpf_skb_store_bytes(skb, offset, &new, 2, 0);
@@ -77,7 +77,7 @@ static __noinline long quote_rewrite(struct __sk_buff *skb, const struct packet 
 			return -1;
 		sum = sum ? quote->l4 + sum : 0;
 		if (sum && sum + 2 <= pkt->end && sum + 2 <= skb->len &&
-		    quote_fix_checksum(skb, sum, inner, quote->proto == IPPROTO_UDP, &total))
+		    quote_fix_checksum(skb, sum, inner, zero_checksum_is_special(quote), &total))
 			return -1;
 	}
 	if (is_ipv4(quote)) {

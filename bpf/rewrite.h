@@ -38,6 +38,13 @@ static __always_inline bool has_pseudo_header(const struct packet *pkt)
 	return pkt->proto != IPPROTO_ICMP;
 }
 
+/* Does a transport checksum of zero have a meaning of its own? In UDP it says that there is none
+ * (RFC 768), in UDP-Lite it is invalid (RFC 3828): a sum that comes out as zero is sent as 0xffff. */
+static __always_inline bool zero_checksum_is_special(const struct packet *pkt)
+{
+	return pkt->proto == IPPROTO_UDP || pkt->proto == IPPROTO_UDPLITE;
+}
+
 /* Offset of the port, or of the ICMP identifier, on one side. */
 static __always_inline __u32 port_offset(const struct packet *pkt, enum side side)
 {
@@ -71,7 +78,7 @@ static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const s
 	__u64 flags = BPF_F_PSEUDO_HDR;
 	long err;
 
-	if (pkt->proto == IPPROTO_UDP)
+	if (zero_checksum_is_special(pkt))
 		flags |= BPF_F_MARK_MANGLED_0; /* a zero checksum stays zero, a new zero becomes 0xffff */
 	if (!is_ipv4(pkt) && have_csum_ipv6)
 		flags |= CSUM_IPV6;
@@ -110,7 +117,7 @@ static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, e
 			return -1;
 	}
 	if (pkt->kind != KIND_LATER && pkt->kind != KIND_BARE && to->port != old_port) {
-		__u64 flags = 2 | (pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0);
+		__u64 flags = 2 | (zero_checksum_is_special(pkt) ? BPF_F_MARK_MANGLED_0 : 0);
 
 		if (sum && bpf_l4_csum_replace(skb, pkt->l4 + sum, old_port, to->port, flags))
 			return -1;
