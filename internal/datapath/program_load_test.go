@@ -1,0 +1,123 @@
+package datapath
+
+import (
+	"fmt"
+	"reflect"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+
+	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// The verifier takes every combination of what a kernel may offer. It removes the
+// branches not taken, so each combination is a program of its own.
+func TestProgramsLoad(t *testing.T) {
+	t.Parallel()
+	labtest.Root(t)
+	have, err := Probe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, clock := range []bool{false, true} {
+		for _, csum := range []bool{false, true} {
+			t.Run(fmt.Sprintf("clock=%v,csum=%v", clock, csum), func(t *testing.T) {
+				if clock && !have.CoarseClock {
+					t.Skipf("%s: no bpf_ktime_get_coarse_ns", labtest.OldKernel)
+				}
+				spec, err := loadMasq()
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, m := range spec.Maps {
+					m.Pinning = ebpf.PinNone
+				}
+				if err := (Features{CoarseClock: clock, CsumIPv6: csum}).set(spec); err != nil {
+					t.Fatal(err)
+				}
+				c, err := ebpf.NewCollection(spec)
+				if err != nil {
+					t.Fatalf("%+v", err)
+				}
+				defer c.Close()
+				for name, p := range c.Programs {
+					info, err := p.Info()
+					if err != nil {
+						t.Fatal(err)
+					}
+					n, _ := info.VerifiedInstructions()
+					t.Logf("%s: processed %d insns", name, n)
+				}
+			})
+		}
+	}
+}
+
+// The enum outcome of the data plane and the outcomes of package policy are one
+// list: name by name and number by number. Needs no privileges.
+func TestOutcomesMirror(t *testing.T) {
+	spec, err := loadMasq()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var enum *btf.Enum
+	if err := spec.Types.TypeByName("outcome", &enum); err != nil {
+		t.Fatal(err)
+	}
+	inC := make(map[string]uint64)
+	for _, v := range enum.Values {
+		inC[v.Name] = v.Value
+	}
+	want := map[string]uint64{"OUT_CONTINUE": uint64(policy.Continue), "OUT_SLOTS": policy.OutcomeSlots}
+	for _, o := range policy.Outcomes() {
+		name := []byte("OUT_" + o.Name)
+		for i, c := range name {
+			switch {
+			case c == '-':
+				name[i] = '_'
+			case c >= 'a' && c <= 'z':
+				name[i] = c - 'a' + 'A'
+			}
+		}
+		want[string(name)] = uint64(o.Outcome)
+	}
+	if !reflect.DeepEqual(inC, want) {
+		t.Errorf("outcomes:\n in C  %v\n in Go %v", inC, want)
+	}
+	if spec.Maps["counters"].MaxEntries != policy.OutcomeSlots*4 {
+		t.Errorf("%d counters, want %d", spec.Maps["counters"].MaxEntries, policy.OutcomeSlots*4)
+	}
+}
+
+// Sizes of what both sides read. The generated types have the fields; this holds
+// the number of bytes against the BTF that the kernel checks map values with.
+func TestTypesMirror(t *testing.T) {
+	spec, err := loadMasq()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range map[string]any{
+		"addr": masqAddr{}, "flow": masqFlow{}, "tuple": masqTuple{}, "tuple4": masqTuple4{}, "flow4": masqFlow4{}, "flow6": masqFlow6{},
+		"inbound": masqInbound{}, "prefix": masqPrefix{}, "rule": masqRule{}, "setting": masqSetting{}, "state": masqState{},
+		"device": masqDevice{}, "counter": masqCounter{}, "reap_record": masqReapRecord{}, "datagram": masqDatagram{}, "fragment": masqFragment{},
+	} {
+		var s *btf.Struct
+		if err := spec.Types.TypeByName(name, &s); err != nil {
+			t.Error(err)
+			continue
+		}
+		if got := uint32(reflect.TypeOf(value).Size()); got != s.Size {
+			t.Errorf("struct %s: %d bytes in C, %d in Go", name, s.Size, got)
+		}
+	}
+	for name, m := range spec.Maps {
+		if len(name) > 15 {
+			t.Errorf("map %s: the kernel cuts the name", name)
+		}
+		if m.KeySize == 0 || m.ValueSize == 0 {
+			t.Errorf("map %s: key of %d bytes, value of %d", name, m.KeySize, m.ValueSize)
+		}
+	}
+}

@@ -1,0 +1,356 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/lab/packet"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// rig runs the programs on packets by BPF_PROG_TEST_RUN. Nothing is attached: the
+// devices eth0 and eth1 exist for their index only.
+type rig struct {
+	t      testing.TB
+	ns     *lab.NS
+	d      *Datapath
+	device map[string]int
+	counts []uint64 // packets by slot, all CPUs together
+}
+
+// Verdicts of the tc hooks (linux/pkt_cls.h).
+const (
+	verdictNext = ^uint32(0) // TC_ACT_UNSPEC
+	verdictDrop = 2          // TC_ACT_SHOT
+)
+
+const rigFlows = 256
+
+func newRig(t testing.TB) *rig { return newRigFlows(t, rigFlows) }
+
+func newRigFlows(t testing.TB, flows uint32) *rig {
+	t.Helper()
+	root := filepath.Join(labtest.BPFFS(t), "bauta")
+	r := &rig{t: t, ns: labtest.NewNS(t), device: make(map[string]int)}
+	if err := lab.Link(r.ns, "eth0", r.ns, "eth1", lab.LinkOpts{Down: true}); err != nil {
+		t.Fatal(err)
+	}
+	for _, dev := range []string{"eth0", "eth1"} {
+		index, err := r.ns.Index(dev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.device[dev] = index
+	}
+	d, err := Open(Options{Root: root, Flows: flows, AllowPrivateBPFFS: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.d = d
+	labtest.Close(t, d.Close)
+	r.learn(false)
+	r.counts = r.readCounts()
+	return r
+}
+
+// on returns the rig for a subtest.
+func (r *rig) on(t testing.TB) *rig {
+	sub := *r
+	sub.t = t
+	return &sub
+}
+
+func (r *rig) must(err error) {
+	r.t.Helper()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// apply puts a policy in force without attaching anything, and forgets all flows.
+func (r *rig) apply(in policy.Input) *policy.Policy {
+	r.t.Helper()
+	p, err := policy.Build(in)
+	r.must(err)
+	next, err := r.d.writePolicy(context.Background(), p)
+	r.must(err)
+	if r.d.applied != nil {
+		r.d.releaseTries(r.d.applied, next)
+	}
+	r.d.applied = next
+	for _, index := range r.device {
+		if err := r.d.objs.Devices.Delete(uint32(index)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+			r.must(err)
+		}
+	}
+	for _, dev := range in.Devices {
+		var v masqDevice
+		for i, a := range [2]netip.Addr{dev.IPv4, dev.IPv6} {
+			if a.IsValid() {
+				v.Addr[i] = addrTo(a)
+			}
+		}
+		r.must(r.d.objs.Devices.Put(uint32(dev.Index), v))
+	}
+	r.clear()
+	return p
+}
+
+// clear forgets flows and fragments.
+func (r *rig) clear() {
+	r.t.Helper()
+	o := &r.d.objs
+	for _, m := range []*ebpf.Map{o.Forward4, o.Forward6, o.Reverse4, o.Reverse6, o.Inbound4, o.Inbound6, o.Fragments} {
+		for {
+			key, err := m.NextKeyBytes(nil)
+			r.must(err)
+			if key == nil {
+				break
+			}
+			r.must(m.Delete(key))
+		}
+	}
+}
+
+// learn opens or closes the time in which any arriving TCP packet opens a connection.
+func (r *rig) learn(on bool) {
+	r.t.Helper()
+	now, err := monotonicSeconds()
+	r.must(err)
+	until := now - 1
+	if on {
+		until = now + 60
+	}
+	r.state(func(st *masqState) { st.LearnUntil = until })
+}
+
+func (r *rig) state(change func(*masqState)) {
+	r.t.Helper()
+	var st masqState
+	r.must(r.d.objs.Control.Lookup(uint32(0), &st))
+	change(&st)
+	r.must(r.d.objs.Control.Put(uint32(0), st))
+}
+
+func (r *rig) readCounts() []uint64 {
+	r.t.Helper()
+	const slots = policy.OutcomeSlots * 4
+	keys, cpus := make([]uint32, slots), ebpf.MustPossibleCPU()
+	perCPU := make([]masqCounter, slots*cpus)
+	var cursor ebpf.MapBatchCursor
+	n, err := r.d.objs.Counters.BatchLookup(&cursor, keys, perCPU, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		r.t.Fatal(err)
+	}
+	counts := make([]uint64, slots)
+	for i, key := range keys[:n] {
+		for _, c := range perCPU[i*cpus : (i+1)*cpus] {
+			counts[key] += c.Packets
+		}
+	}
+	return counts
+}
+
+// skbContext is struct __sk_buff (linux/bpf.h); a test run takes the named fields.
+type skbContext struct {
+	_              [9]uint32
+	IngressIfindex uint32
+	Ifindex        uint32
+	_              [28]uint32
+	WireLen        uint32
+	GSOSegs        uint32
+	_              uint32
+	GSOSize        uint32
+	_              [3]uint32
+}
+
+// result is what a program did with a packet.
+type result struct {
+	outcome policy.Outcome
+	moved   map[policy.Outcome]uint64 // by how much each counter of this direction moved
+	data    []byte
+}
+
+// run runs a program on a frame that leaves or arrives at dev, and checks that
+// exactly one counter moves and that the verdict is the one of this outcome.
+func (r *rig) run(dir direction, dev string, link packet.Link, frame []byte) result {
+	r.t.Helper()
+	res := r.runContext(dir, link, frame, skbContext{Ifindex: uint32(r.device[dev])}, 1)
+	if len(res.moved) != 1 || res.moved[res.outcome] != 1 {
+		r.t.Fatalf("%s: counters moved: %v, want one by one", dir, res.moved)
+	}
+	return res
+}
+
+func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbContext, repeat uint32) result {
+	r.t.Helper()
+	out := make([]byte, len(frame)+64)
+	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx, Repeat: repeat}
+	if dir == ingress {
+		ctx.IngressIfindex = ctx.Ifindex
+	}
+	var verdict uint32
+	err := r.ns.Do(func() (err error) {
+		verdict, err = r.d.program(dir, link != packet.Raw).Run(&opt)
+		return err
+	})
+	if err != nil {
+		r.t.Fatalf("%s of %d bytes: %v", dir, len(frame), err)
+	}
+	res := result{data: opt.DataOut, moved: make(map[policy.Outcome]uint64)}
+	counts := r.readCounts()
+	for slot, n := range counts {
+		if n == r.counts[slot] {
+			continue
+		}
+		res.outcome = policy.Outcome(slot / 4)
+		if slot/2%2 != int(dir) {
+			r.t.Fatalf("%s: %s was counted in the other direction", dir, res.outcome)
+		}
+		res.moved[res.outcome] += n - r.counts[slot]
+	}
+	copy(r.counts, counts) // shared with the rigs of other subtests
+	want := uint32(verdictNext)
+	if res.outcome.Verdict() == policy.Drop {
+		want = verdictDrop
+	}
+	if verdict != want && repeat == 1 {
+		r.t.Fatalf("%s: %s with verdict %d, want %d", dir, res.outcome, int32(verdict), int32(want))
+	}
+	if res.outcome.Verdict() == policy.Pass && !slices.Equal(res.data, frame) {
+		r.t.Fatalf("%s: %s changed the packet\n was %x\n is  %x", dir, res.outcome, frame, res.data)
+	}
+	return res
+}
+
+// send runs a built packet and expects an outcome; want is the packet that must
+// come out, to the byte, for a translation. It returns what came out.
+func (r *rig) send(dir direction, p packet.Packet, outcome policy.Outcome, want packet.Packet) []byte {
+	r.t.Helper()
+	res := r.run(dir, "eth0", p.Link, p.Build())
+	if res.outcome != outcome {
+		r.t.Fatalf("%s of %s: %s, want %s", dir, show(p), res.outcome, outcome)
+	}
+	if outcome.Verdict() == policy.Masquerade {
+		r.same(want, res.data)
+	}
+	return res.data
+}
+
+// same compares a frame with a packet built from nothing.
+func (r *rig) same(want packet.Packet, got []byte) {
+	r.t.Helper()
+	if b := want.Build(); !slices.Equal(b, got) {
+		r.t.Fatalf("want %s\n want %x\n got  %x\n check: %v", show(want), b, got, packet.Check(want.Link, got))
+	}
+	if err := packet.Check(want.Link, got); err != nil {
+		r.t.Fatalf("%s: %v", show(want), err)
+	}
+}
+
+// pass sends a packet that must pass untouched (run checks the bytes), or be dropped.
+func (r *rig) expect(dir direction, p packet.Packet, outcome policy.Outcome) {
+	r.t.Helper()
+	if outcome.Verdict() == policy.Masquerade {
+		r.t.Fatalf("expect is not for translations")
+	}
+	r.send(dir, p, outcome, p)
+}
+
+// translate sends a packet out that must be masqueraded from source a, and
+// returns it as the remote sees it. Only the port is taken from the frame.
+func (r *rig) translate(p packet.Packet, outcome policy.Outcome, a netip.Addr) packet.Packet {
+	r.t.Helper()
+	res := r.run(egress, "eth0", p.Link, p.Build())
+	if res.outcome != outcome {
+		r.t.Fatalf("egress of %s: %s, want %s", show(p), res.outcome, outcome)
+	}
+	out := p.From(a, sourcePort(p, res.data))
+	r.same(out, res.data)
+	return out
+}
+
+// sourcePort reads the port or identifier where p has it.
+func sourcePort(p packet.Packet, frame []byte) uint16 {
+	at := p.Link.Size() + p.HeaderSize()
+	switch {
+	case p.IsQuery():
+		at += 4
+	case !p.HasPorts():
+		return 0
+	}
+	return uint16(frame[at])<<8 | uint16(frame[at+1])
+}
+
+func show(p packet.Packet) string {
+	s := fmt.Sprintf("protocol %d %s:%d > %s:%d", p.Proto, p.Src, p.SrcPort, p.Dst, p.DstPort)
+	switch p.Proto {
+	case packet.TCP:
+		s += fmt.Sprintf(" flags %#02x", p.Flags)
+	case packet.ICMP, packet.ICMPv6:
+		s += fmt.Sprintf(" type %d code %d id %d", p.Type, p.Code, p.Ident)
+	}
+	return s
+}
+
+// flows returns the entries of one kind of table of both families.
+func (r *rig) flows(pick func(flowTables) *ebpf.Map) []flowEntry {
+	r.t.Helper()
+	var out []flowEntry
+	for _, t := range r.d.sweeper.tables {
+		seq := t.all(pick(t))
+		if pick(t) == t.inbound {
+			seq = t.allInbound()
+		}
+		for e, err := range seq {
+			r.must(err)
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+func forwardTable(t flowTables) *ebpf.Map { return t.forward }
+func reverseTable(t flowTables) *ebpf.Map { return t.reverse }
+func inboundTable(t flowTables) *ebpf.Map { return t.inbound }
+
+// drop removes every entry of a kind of table, behind the data plane's back.
+func (r *rig) drop(pick func(flowTables) *ebpf.Map) {
+	r.t.Helper()
+	for _, t := range r.d.sweeper.tables {
+		for {
+			key, err := pick(t).NextKeyBytes(nil)
+			r.must(err)
+			if key == nil {
+				break
+			}
+			r.must(pick(t).Delete(key))
+		}
+	}
+}
+
+// age moves the clock of every entry of a kind of table back by some seconds.
+func (r *rig) age(pick func(flowTables) *ebpf.Map, seconds uint32) {
+	r.t.Helper()
+	for _, t := range r.d.sweeper.tables {
+		key, err := pick(t).NextKeyBytes(nil)
+		for ; err == nil && key != nil; key, err = pick(t).NextKeyBytes(key) {
+			value, err := pick(t).LookupBytes(key)
+			r.must(err)
+			// seen is the first word of every value.
+			seen := nativeEndian.Uint32(value) - seconds
+			nativeEndian.PutUint32(value, seen)
+			r.must(pick(t).Put(key, value))
+		}
+		r.must(err)
+	}
+}
