@@ -1,0 +1,132 @@
+package e2e_test
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
+)
+
+// What people type first works from a pod.
+func TestTools(t *testing.T) {
+	t.Parallel()
+	ping, curl, iperf := labtest.Tool(t, "ping"), labtest.Tool(t, "curl"), labtest.Tool(t, "iperf3")
+	eachHook(t, lab.Options{}, func(t *testing.T, n *node) {
+		wire := n.watchWire()
+		for _, dst := range n.WorldAddr.All() {
+			for _, size := range []string{"56", "1400", "4000"} {
+				out, err := n.Pods[0].Run(within(t, 20*time.Second), ping, "-n", "-c", "3", "-i", "0.05", "-W", "5", "-s", size, dst.String())
+				if err != nil || !strings.Contains(out, "3 received") {
+					t.Errorf("ping -s %s %s: %v\n%s", size, dst, err, out)
+				}
+			}
+			testCurl(t, n, curl, dst)
+			testIperf(t, n, iperf, dst)
+		}
+		wire.check(t)
+	})
+}
+
+func testCurl(t *testing.T, n *node, curl string, dst netip.Addr) {
+	t.Helper()
+	const size, seed = 10 << 20, 7
+	at := server(t, lab.ServeContent, n.World, anyPort(dst))
+	file := filepath.Join(n.dir, "content")
+	out, err := n.Pods[0].Run(within(t, 30*time.Second), curl, "-sSf", "-g", "--noproxy", "*", "-D", "-", "-o", file,
+		fmt.Sprintf("http://%s/content?n=%d&seed=%d", at, size, seed))
+	if err != nil {
+		t.Errorf("curl: %v\n%s", err, out)
+		return
+	}
+	if want := n.NodeAddr.Of(dst); !strings.Contains(out, "Seen-Source: "+strings.TrimSuffix(netip.AddrPortFrom(want, 0).String(), "0")) {
+		t.Errorf("curl: the server saw another source than %s:\n%s", want, out)
+	}
+	want := sha256.New()
+	if _, err := io.Copy(want, lab.Content(seed, size)); err != nil {
+		t.Fatal(err)
+	}
+	sum, err := exec.Command("sha256sum", file).Output()
+	if err != nil || !strings.HasPrefix(string(sum), hex.EncodeToString(want.Sum(nil))) {
+		t.Errorf("curl to %s: content altered (%v)", dst, err)
+	}
+}
+
+func testIperf(t *testing.T, n *node, iperf string, dst netip.Addr) {
+	t.Helper()
+	srv := exec.Command(iperf, "-s", "-B", dst.String(), "--forceflush")
+	var log logBuffer
+	srv.Stdout, srv.Stderr = &log, &log
+	if err := startIn(n.World, srv); err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Wait()
+	defer srv.Process.Kill()
+	labtest.Eventually(t, 10*time.Second, func() error {
+		if !strings.Contains(log.String(), "listening") {
+			return fmt.Errorf("iperf3 does not listen:\n%s", log.String())
+		}
+		return nil
+	})
+	for _, mode := range [][]string{{"-n", "20M"}, {"-R", "-n", "20M"}, {"-u", "-b", "50M", "-n", "2M"}} {
+		out, err := n.Pods[0].Run(within(t, 30*time.Second), iperf, append([]string{"-J", "-c", dst.String()}, mode...)...)
+		var report struct {
+			Error string
+			End   struct {
+				SumReceived struct{ Bytes int64 } `json:"sum_received"`
+				Sum         struct{ Bytes int64 }
+			}
+		}
+		if jerr := json.Unmarshal([]byte(out), &report); err != nil || jerr != nil || report.Error != "" {
+			t.Errorf("iperf3 %v to %s: %v %v\n%s", mode, dst, err, jerr, out)
+			continue
+		}
+		if report.End.SumReceived.Bytes+report.End.Sum.Bytes < 1<<20 {
+			t.Errorf("iperf3 %v to %s moved nothing:\n%s", mode, dst, out)
+		}
+	}
+}
+
+// Each hop of the way shows itself, by each kind of probe: ICMP errors find their
+// way back to the pod.
+func TestTraceroute(t *testing.T) {
+	t.Parallel()
+	traceroute := labtest.Tool(t, "traceroute")
+	eachHook(t, lab.Options{Router: true}, func(t *testing.T, n *node) {
+		wire := n.watchWire()
+		for _, dst := range n.WorldAddr.All() {
+			at := server(t, lab.EchoTCP, n.World, anyPort(dst))
+			for _, mode := range [][]string{nil, {"-I"}, {"-T", "-p", fmt.Sprint(at.Port())}, {"-U", "-p", "53"}} {
+				args := append([]string{"-n", "-q", "1", "-m", "6", "-w", "5"}, append(mode, dst.String())...)
+				out, err := n.Pods[0].Run(within(t, 30*time.Second), traceroute, args...)
+				if err != nil {
+					t.Errorf("traceroute %v: %v\n%s", args, err, out)
+				}
+				want := []string{n.PodGateway.Of(dst).String(), n.RouterAddr.Of(dst).String(), dst.String()}
+				if hops := hopsOf(out); strings.Join(hops, " ") != strings.Join(want, " ") {
+					t.Errorf("traceroute %v: hops %v, want %v\n%s", args, hops, want, out)
+				}
+			}
+		}
+		wire.check(t)
+	})
+}
+
+// hopsOf reads the addresses from traceroute's lines: " 1  10.0.1.1  0.031 ms".
+func hopsOf(out string) (hops []string) {
+	for i, line := range strings.Split(strings.TrimSpace(out), "\n") {
+		if fields := strings.Fields(line); i > 0 && len(fields) > 1 {
+			hops = append(hops, fields[1])
+		}
+	}
+	return hops
+}
