@@ -139,7 +139,7 @@ func wantRejected(t *testing.T, row string, st agent.Status, path, key, cause, i
 }
 
 // wantByList checks that packets are masqueraded but towards the prefixes.
-func (w *wire) wantByList(list string, dsts []netip.Addr) {
+func (w *uplink) wantByList(list string, dsts []netip.Addr) {
 	w.n.t.Helper()
 	for _, dst := range dsts {
 		want := w.n.NodeAddr.Of(dst)

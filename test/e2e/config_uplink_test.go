@@ -19,8 +19,8 @@ import (
 // patience is far more than anything here takes on a busy machine.
 const patience = 20 * time.Second
 
-// wire is what arrives behind an uplink of the node.
-type wire struct {
+// uplink is what arrives behind an uplink of the node, and how to send there.
+type uplink struct {
 	n       *node
 	capture *lab.Capture
 	pod     *lab.NS
@@ -28,17 +28,17 @@ type wire struct {
 }
 
 // tapWorld watches the world, and sends from the first pod.
-func (n *node) tapWorld() *wire { return n.tap(n.World) }
+func (n *node) tapWorld() *uplink { return n.tap(n.World) }
 
-func (n *node) tap(world *lab.NS) *wire {
+func (n *node) tap(world *lab.NS) *uplink {
 	n.t.Helper()
 	c := labtest.Capture(n.t, world, "eth0", lab.CaptureOptions{Incoming: true, MaxPackets: 1 << 14})
-	return &wire{n: n, capture: c, pod: n.Pods[0]}
+	return &uplink{n: n, capture: c, pod: n.Pods[0]}
 }
 
 // send sends one datagram of a new flow, and returns what recognizes it. The
 // destination need not exist: the node has a default route.
-func (w *wire) send(from, dst netip.Addr) (match func(lab.Packet) bool) {
+func (w *uplink) send(from, dst netip.Addr) (match func(lab.Packet) bool) {
 	w.n.t.Helper()
 	w.sent++
 	mark := fmt.Appendf(nil, "<probe %d>", w.sent)
@@ -57,7 +57,7 @@ func (w *wire) send(from, dst netip.Addr) (match func(lab.Packet) bool) {
 	return func(p lab.Packet) bool { return bytes.Contains(p.Data, mark) }
 }
 
-func (w *wire) find(match func(lab.Packet) bool) (f lab.Frame, ok bool) {
+func (w *uplink) find(match func(lab.Packet) bool) (f lab.Frame, ok bool) {
 	packets := w.capture.Packets()
 	if i := slices.IndexFunc(packets, match); i >= 0 {
 		return lab.ParseFrame(packets[i].Data)
@@ -66,9 +66,9 @@ func (w *wire) find(match func(lab.Packet) bool) (f lab.Frame, ok bool) {
 }
 
 // source returns the source with which a new flow of the pod arrives.
-func (w *wire) source(dst netip.Addr) netip.Addr { return w.sourceFrom(netip.Addr{}, dst) }
+func (w *uplink) source(dst netip.Addr) netip.Addr { return w.sourceFrom(netip.Addr{}, dst) }
 
-func (w *wire) sourceFrom(from, dst netip.Addr) (src netip.Addr) {
+func (w *uplink) sourceFrom(from, dst netip.Addr) (src netip.Addr) {
 	w.n.t.Helper()
 	match := w.send(from, dst)
 	labtest.Eventually(w.n.t, patience, func() error {
@@ -83,7 +83,7 @@ func (w *wire) sourceFrom(from, dst netip.Addr) (src netip.Addr) {
 }
 
 // want fails the test if a new flow to dst does not arrive from src.
-func (w *wire) want(dst, src netip.Addr) {
+func (w *uplink) want(dst, src netip.Addr) {
 	w.n.t.Helper()
 	if got := w.source(dst); got != src {
 		w.n.t.Errorf("a packet to %s came from %s, want %s", dst, got, src)
@@ -91,7 +91,7 @@ func (w *wire) want(dst, src netip.Addr) {
 }
 
 // drops sends a new flow and waits until it is counted as dropped for a reason.
-func (w *wire) drops(dst netip.Addr, reason string) {
+func (w *uplink) drops(dst netip.Addr, reason string) {
 	w.n.t.Helper()
 	before := w.n.state().Drops[reason]
 	match := w.send(netip.Addr{}, dst)
@@ -102,7 +102,7 @@ func (w *wire) drops(dst netip.Addr, reason string) {
 }
 
 // leaks counts what arrived with a source inside the pods' ranges.
-func (w *wire) leaks() *lab.Counter {
+func (w *uplink) leaks() *lab.Counter {
 	return w.capture.Count(func(p lab.Packet) bool {
 		f, ok := lab.ParseFrame(p.Data)
 		return ok && (lab.PodRange4.Contains(f.Src) || lab.PodRange6.Contains(f.Src))
