@@ -16,7 +16,8 @@ import (
 // applied is what the kernel holds of the last policy.
 type applied struct {
 	policy *policy.Policy
-	tries  [2]*ebpf.Map // by trieSource, trieDestination
+	rows   [tries][]trieEntry // by trieSource, trieDestination
+	tries  [tries]*ebpf.Map
 }
 
 func (a *applied) close() {
@@ -87,18 +88,41 @@ func renderSetting(p *policy.Policy) *masqSetting {
 
 // Apply makes the kernel follow p. Packets see the old policy or the new one,
 // never a mixture: the tables of the idle generation are written first, then one
-// number changes. On an error the old policy stays in force, and a later Apply
-// starts over. Devices are attached last, when there is a policy for them.
+// number changes. When it returns, no packet is under way with the old policy.
+// On an error the old policy stays in force, and a later Apply starts over.
+// Devices are attached last, when there is a policy for them.
 func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
 	next, err := d.writePolicy(ctx, p)
 	if err != nil {
 		return err
 	}
-	if d.applied != nil && d.applied != next {
+	if d.applied != nil {
 		d.releaseTries(d.applied, next)
 	}
 	d.applied = next
+	if !d.taken {
+		if err := d.takeOver(); err != nil {
+			return err
+		}
+	}
 	return d.applyDevices(p.Input().Devices)
+}
+
+// writePolicy writes p into the idle generation and makes it the active one.
+func (d *Datapath) writePolicy(ctx context.Context, p *policy.Policy) (*applied, error) {
+	next, idle, err := d.prepare(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.flip(idle, next); err != nil {
+		d.releaseNew(next)
+		return nil, err
+	}
+	if err := d.awaitReaders(idle, next); err != nil {
+		d.releaseNew(next)
+		return nil, err
+	}
+	return next, nil
 }
 
 func (d *Datapath) releaseTries(old, next *applied) {
@@ -109,61 +133,75 @@ func (d *Datapath) releaseTries(old, next *applied) {
 	}
 }
 
-// writePolicy writes p into the idle generation and makes it the active one.
-func (d *Datapath) writePolicy(ctx context.Context, p *policy.Policy) (_ *applied, err error) {
-	next := &applied{policy: p}
-	defer func() {
-		if err != nil {
-			d.releaseNew(next)
-		}
-	}()
-	rows, old := renderTries(p), [tries][]trieEntry{}
-	if d.applied != nil {
-		old = renderTries(d.applied.policy)
+// prepare makes the tables of p that differ from those in force, and returns the
+// idle generation.
+func (d *Datapath) prepare(ctx context.Context, p *policy.Policy) (next *applied, idle uint32, err error) {
+	st, err := d.state()
+	if err != nil {
+		return nil, 0, err
 	}
-	for i := range rows {
-		if d.applied != nil && slices.Equal(rows[i], old[i]) {
-			next.tries[i] = d.applied.tries[i]
-			continue
-		}
-		if next.tries[i], err = d.newTrie(ctx, i, rows[i]); err != nil {
-			return nil, err
-		}
-	}
-	var st masqState
-	if err := d.objs.Control.Lookup(uint32(0), &st); err != nil {
-		return nil, fmt.Errorf("read control: %w", err)
-	}
-	idle := uint32(0)
 	if st.Active == 0 {
 		idle = 1
 	}
+	next = &applied{policy: p, rows: renderTries(p)}
+	for i, rows := range next.rows {
+		if d.applied != nil && slices.Equal(rows, d.applied.rows[i]) {
+			next.tries[i] = d.applied.tries[i]
+			continue
+		}
+		if next.tries[i], err = d.newTrie(ctx, i, rows); err != nil {
+			d.releaseNew(next)
+			return nil, 0, err
+		}
+	}
+	return next, idle, nil
+}
+
+// flip writes the idle generation and makes it the active one.
+func (d *Datapath) flip(idle uint32, next *applied) error {
 	for i, m := range next.tries {
 		if err := d.step(fmt.Sprintf("table %d", i)); err != nil {
-			return nil, err
+			return err
 		}
-		// The kernel waits here until no packet uses the slot's old table any more.
-		if err := d.objs.Policies.Put(idle*tries+uint32(i), m); err != nil {
-			return nil, fmt.Errorf("write policy table: %w", err)
+		if err := d.putTrie(idle, i, m); err != nil {
+			return err
 		}
-		if err := replacePin(m.Pin, filepath.Join(d.opt.Root, pinTrie(idle, i))); err != nil {
-			return nil, err
+		if err := d.step(fmt.Sprintf("pin %d", i)); err != nil {
+			return err
+		}
+		if err := replaceMapPin(m, filepath.Join(d.opt.Root, pinTrie(idle, i))); err != nil {
+			return err
 		}
 	}
 	if err := d.step("settings"); err != nil {
-		return nil, err
+		return err
 	}
-	if err := d.objs.Settings.Put(idle, renderSetting(p)); err != nil {
-		return nil, fmt.Errorf("write settings: %w", err)
+	if err := d.objs.Settings.Put(idle, renderSetting(next.policy)); err != nil {
+		return fmt.Errorf("write settings: %w", err)
 	}
 	if err := d.step("flip"); err != nil {
-		return nil, err
+		return err
+	}
+	st, err := d.state()
+	if err != nil {
+		return err
 	}
 	st.Active = idle
-	if err := d.objs.Control.Put(uint32(0), st); err != nil {
-		return nil, fmt.Errorf("write control: %w", err)
+	return d.setState(st)
+}
+
+func (d *Datapath) putTrie(generation uint32, which int, m *ebpf.Map) error {
+	if err := d.objs.Policies.Put(generation*tries+uint32(which), m); err != nil {
+		return fmt.Errorf("write policy table: %w", err)
 	}
-	return next, nil
+	return nil
+}
+
+// awaitReaders returns when no packet is under way that read the old generation's
+// number: writing a map into a map waits for that in the kernel (an RCU grace
+// period). The next Apply may then write that generation.
+func (d *Datapath) awaitReaders(active uint32, now *applied) error {
+	return d.putTrie(active, trieSource, now.tries[trieSource])
 }
 
 func (d *Datapath) releaseNew(next *applied) {
@@ -184,13 +222,8 @@ func (d *Datapath) step(name string) error {
 // newTrie makes and fills a table. Updates of an unallocated map can fail for
 // want of memory at any time, so each one is checked.
 func (d *Datapath) newTrie(ctx context.Context, which int, rows []trieEntry) (*ebpf.Map, error) {
-	spec, err := loadMasq()
-	if err != nil {
-		return nil, fmt.Errorf("read the embedded programs: %w", err)
-	}
-	inner := spec.Maps["policies"].InnerMap.Copy()
-	inner.Name = [...]string{"source", "destination"}[which]
-	inner.Pinning = ebpf.PinNone
+	inner := d.trie.Copy()
+	inner.Name = trieNames[which]
 	if n := uint32(len(rows)); n > inner.MaxEntries {
 		return nil, fmt.Errorf("policy: %d prefixes in one table, the limit is %d", n, inner.MaxEntries)
 	}
@@ -238,47 +271,4 @@ func (d *Datapath) fillTrie(ctx context.Context, m *ebpf.Map, rows []trieEntry) 
 		rows = rows[n:]
 	}
 	return nil
-}
-
-// applyDevices attaches what is new, tells the programs the masquerade
-// addresses, and lets devices drain that are no masquerade devices any more.
-func (d *Datapath) applyDevices(devices []policy.Device) error {
-	var errs []error
-	wanted := make(map[uint32]bool)
-	for _, dev := range devices {
-		index := uint32(dev.Index)
-		wanted[index] = true
-		value := masqDevice{}
-		if dev.IPv4.IsValid() {
-			value.Addr[0] = addrTo(dev.IPv4)
-		}
-		if dev.IPv6.IsValid() {
-			value.Addr[1] = addrTo(dev.IPv6)
-		}
-		if err := d.objs.Devices.Put(index, value); err != nil {
-			errs = append(errs, fmt.Errorf("write device %s: %w", dev.Name, err))
-			continue
-		}
-		if err := d.attach(dev); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	var index uint32
-	var value masqDevice
-	var gone []uint32
-	for it := d.objs.Devices.Iterate(); it.Next(&index, &value); {
-		if !wanted[index] {
-			gone = append(gone, index)
-		}
-	}
-	for _, index := range gone {
-		if err := d.objs.Devices.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove device %d: %w", index, err))
-		}
-	}
-	for i, a := range d.attached {
-		a.draining = !wanted[uint32(i)]
-	}
-	d.forgetGone()
-	return errors.Join(errs...)
 }

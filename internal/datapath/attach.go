@@ -3,10 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -22,17 +19,30 @@ type attachment struct {
 	name     string
 	index    int
 	ethernet bool
-	hook     Hook
-	links    [2]link.Link // egress, ingress; tcx only
+	links    [2]link.Link // by direction; tcx only
+	filters  bool         // clsact filters of ours are, or may be, there
 	draining bool
+	since    uint32 // draining: from this second of the monotonic clock on
 }
 
 func (a *attachment) release() {
-	for _, l := range a.links {
+	for i, l := range a.links {
 		if l != nil {
 			l.Close()
+			a.links[i] = nil
 		}
 	}
+}
+
+// hook is the kind of attachment that both directions have; false: they have not.
+func (a *attachment) hook() (Hook, bool) {
+	switch {
+	case a.linked(egress) && a.linked(ingress):
+		return HookTCX, true
+	case a.filters && hasFilter(a.index, egress) && hasFilter(a.index, ingress):
+		return HookTC, true
+	}
+	return "", false
 }
 
 // direction of a program on a device.
@@ -43,13 +53,15 @@ const (
 	ingress
 )
 
+// directions in the order of attachment: the egress program comes last, so that
+// replies find the way back from the first packet on.
+var directions = [...]direction{ingress, egress}
+
 func (dir direction) String() string { return [...]string{"egress", "ingress"}[dir] }
 
 func (dir direction) tcx() ebpf.AttachType {
 	return [...]ebpf.AttachType{ebpf.AttachTCXEgress, ebpf.AttachTCXIngress}[dir]
 }
-
-func pinLink(dir direction, index int) string { return fmt.Sprintf("%s_%d", dir, index) }
 
 // program returns the one for a direction and kind of link header.
 func (d *Datapath) program(dir direction, ethernet bool) *ebpf.Program {
@@ -64,182 +76,208 @@ func (d *Datapath) program(dir direction, ethernet bool) *ebpf.Program {
 	return d.objs.IngressRaw
 }
 
-// attach puts both programs on dev, or repairs what is missing there: the egress
-// program last, so that replies find the way back from the first packet on.
+// attach puts both programs on dev, or repairs what is missing there.
 func (d *Datapath) attach(dev policy.Device) error {
 	a := d.attached[dev.Index]
 	if a == nil {
-		a = &attachment{index: dev.Index, hook: HookTC, ethernet: dev.Ethernet}
+		a = &attachment{index: dev.Index}
+		d.attached[dev.Index] = a // also if only one direction succeeds
+	}
+	_, before := a.hook()
+	a.name, a.ethernet, a.draining = dev.Name, dev.Ethernet, false
+	if err := d.attachPrograms(a); err != nil {
+		return err
+	}
+	if !before {
+		hook, _ := a.hook()
+		d.opt.Log.Info("attached", "device", a.name, "hook", string(hook))
+	}
+	return d.startLearning()
+}
+
+// attachPrograms makes a's programs complete, by the hook this agent uses. What
+// an earlier agent attached by the other hook goes last: for a moment a packet
+// passes both, and the second program knows the mark of the first.
+func (d *Datapath) attachPrograms(a *attachment) error {
+	for _, dir := range directions {
+		prog, err := d.program(dir, a.ethernet), error(nil)
 		if d.features.TCX {
-			a.hook = HookTCX
+			err = d.attachLink(a, dir, prog)
+		} else {
+			a.filters = true
+			err = attachTC(d.opt.Root, a.index, dir, prog)
+		}
+		if err != nil {
+			return fmt.Errorf("attach %s to %s: %w", dir, a.name, err)
 		}
 	}
-	a.name, a.draining = dev.Name, false
-	for _, dir := range []direction{ingress, egress} {
-		if err := d.attachProgram(a, dir); err != nil {
-			return fmt.Errorf("attach %s to %s: %w", dir, dev.Name, err)
-		}
+	if !d.features.TCX {
+		d.dropLinks(a)
+		return nil
 	}
-	if d.attached[dev.Index] == nil {
-		d.attached[dev.Index] = a
-		d.opt.Log.Info("attached", "device", a.name, "hook", string(a.hook))
+	if a.filters {
+		if err := detachTC(d.opt.Root, a.index); err != nil {
+			return fmt.Errorf("detach filters from %s: %w", a.name, err)
+		}
+		a.filters = false
 	}
 	return nil
 }
 
-func (d *Datapath) attachProgram(a *attachment, dir direction) error {
-	prog := d.program(dir, a.ethernet)
-	if a.hook == HookTC {
-		return attachTC(d.opt.Root, a, dir, prog)
-	}
-	if a.links[dir] != nil {
-		if info, err := a.links[dir].Info(); err == nil && int(info.TCX().Ifindex) == a.index {
-			return nil
-		}
-		a.links[dir].Close()
-		a.links[dir] = nil
-	}
-	// First of the chain: a program ahead of us could end it.
-	l, err := link.AttachTCX(link.TCXOptions{Interface: a.index, Program: prog, Attach: dir.tcx(), Anchor: link.Head()})
+// applyDevices attaches what is new, tells the programs the masquerade
+// addresses, and lets devices drain that are no masquerade devices any more.
+func (d *Datapath) applyDevices(devices []policy.Device) error {
+	now, err := monotonicSeconds()
 	if err != nil {
 		return err
 	}
-	if err := replacePin(l.Pin, filepath.Join(d.opt.Root, pinLink(dir, a.index))); err != nil {
-		l.Close()
-		return err
-	}
-	a.links[dir] = l
-	return nil
-}
-
-// takeOver finds the attachments that an earlier agent left and gives them this
-// version's programs: by a link update or by replacing the filter in place, so
-// that no packet passes unseen.
-func (d *Datapath) takeOver() error {
-	if err := d.takeOverLinks(); err != nil {
-		return err
-	}
-	devices, err := netlink.LinkList()
-	if err != nil {
-		return fmt.Errorf("list devices: %w", err)
-	}
+	var errs []error
+	wanted := make(map[uint32]bool)
 	for _, dev := range devices {
-		if d.attached[dev.Attrs().Index] != nil {
+		wanted[uint32(dev.Index)] = true
+		if err := d.putDevice(dev); err != nil {
+			errs = append(errs, err)
 			continue
 		}
-		if !hasFilter(dev.Attrs().Index, egress) && !hasFilter(dev.Attrs().Index, ingress) {
-			continue
+		if err := d.attach(dev); err != nil {
+			errs = append(errs, err)
 		}
-		a := &attachment{name: dev.Attrs().Name, index: dev.Attrs().Index, hook: HookTC, ethernet: isEthernet(dev), draining: true}
-		for _, dir := range []direction{ingress, egress} {
-			if err := attachTC(d.opt.Root, a, dir, d.program(dir, a.ethernet)); err != nil {
-				return fmt.Errorf("replace the %s program of %s: %w", dir, a.name, err)
-			}
+	}
+	gone, err := d.deviceEntries()
+	errs = append(errs, err)
+	for _, index := range gone {
+		if !wanted[index] {
+			errs = append(errs, d.deleteDevice(int(index)))
 		}
-		d.attached[a.index] = a
+	}
+	for index, a := range d.attached {
+		if !wanted[uint32(index)] && !a.draining {
+			a.draining, a.since = true, now
+		}
+	}
+	d.forgetGone()
+	return errors.Join(errs...)
+}
+
+func (d *Datapath) putDevice(dev policy.Device) error {
+	value := masqDevice{}
+	if dev.IPv4.IsValid() {
+		value.Addr[0] = addrTo(dev.IPv4)
+	}
+	if dev.IPv6.IsValid() {
+		value.Addr[1] = addrTo(dev.IPv6)
+	}
+	if err := d.objs.Devices.Put(uint32(dev.Index), value); err != nil {
+		return fmt.Errorf("write device %s: %w", dev.Name, err)
 	}
 	return nil
 }
 
-func (d *Datapath) takeOverLinks() error {
-	entries, err := os.ReadDir(d.opt.Root)
-	if err != nil {
-		return fmt.Errorf("bpf-root: %w", err)
+func (d *Datapath) deviceEntries() ([]uint32, error) {
+	var index uint32
+	var value masqDevice
+	var all []uint32
+	it := d.objs.Devices.Iterate()
+	for it.Next(&index, &value) {
+		all = append(all, index)
 	}
-	for _, e := range entries {
-		dir, index, ok := parsePinLink(e.Name())
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read devices: %w", err)
+	}
+	return all, nil
+}
+
+func (d *Datapath) deleteDevice(index int) error {
+	if err := d.objs.Devices.Delete(uint32(index)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove device %d: %w", index, err)
+	}
+	return nil
+}
+
+// Attached returns the devices with our programs on them, by name, as the kernel
+// knows them now.
+func (d *Datapath) Attached() []Attachment {
+	d.forgetGone()
+	out := make([]Attachment, 0, len(d.attached))
+	for _, a := range d.attached {
+		hook, ok := a.hook()
 		if !ok {
 			continue
 		}
-		path := filepath.Join(d.opt.Root, e.Name())
-		l, err := link.LoadPinnedLink(path, nil)
-		if err != nil {
-			return fmt.Errorf("open pinned link %s: %w", e.Name(), err)
-		}
-		dev, err := netlink.LinkByIndex(index)
-		info, ierr := l.Info()
-		if err != nil || ierr != nil || int(info.TCX().Ifindex) != index {
-			// The device is gone, and the kernel has detached the link.
-			l.Close()
-			if err := os.Remove(path); err != nil {
-				return fmt.Errorf("remove pin of a vanished device: %w", err)
-			}
-			continue
-		}
-		a := d.attached[index]
-		if a == nil {
-			a = &attachment{name: dev.Attrs().Name, index: index, hook: HookTCX, ethernet: isEthernet(dev), draining: true}
-			d.attached[index] = a
-		}
-		a.links[dir] = l
-		if err := l.Update(d.program(dir, a.ethernet)); err != nil {
-			return fmt.Errorf("replace the %s program of %s: %w", dir, a.name, err)
-		}
-	}
-	return nil
-}
-
-func parsePinLink(name string) (direction, int, bool) {
-	for _, dir := range []direction{egress, ingress} {
-		if s, ok := strings.CutPrefix(name, dir.String()+"_"); ok {
-			index, err := strconv.Atoi(s)
-			return dir, index, err == nil
-		}
-	}
-	return 0, 0, false
-}
-
-func isEthernet(l netlink.Link) bool {
-	return l.Attrs().EncapType == "ether" || l.Attrs().EncapType == "loopback"
-}
-
-// Attached returns the devices with our programs on them, by name.
-func (d *Datapath) Attached() []Attachment {
-	out := make([]Attachment, 0, len(d.attached))
-	for _, a := range d.attached {
-		out = append(out, Attachment{Device: a.name, Index: a.index, Hook: a.hook, Draining: a.draining})
+		out = append(out, Attachment{Device: a.name, Index: a.index, Hook: hook, Draining: a.draining,
+			Ahead: programsAhead(a.index, a.links[egress])})
 	}
 	slices.SortFunc(out, func(a, b Attachment) int { return strings.Compare(a.Device, b.Device) })
 	return out
 }
 
-// forgetGone drops attachments whose device was deleted; the kernel has detached them.
+// forgetGone drops attachments whose device was deleted, also if another one has
+// its index now: the kernel has detached the programs.
 func (d *Datapath) forgetGone() {
 	for index, a := range d.attached {
 		dev, err := netlink.LinkByIndex(index)
-		if err == nil {
-			a.name = dev.Attrs().Name
-			continue
-		}
 		var notFound netlink.LinkNotFoundError
-		if !errors.As(err, &notFound) {
-			continue
+		switch {
+		case err == nil:
+			a.name = dev.Attrs().Name
+			a.forgetDead()
+			if a.links == [2]link.Link{} && !a.filters {
+				d.opt.Log.Warn("programs vanished from the device", "device", a.name)
+				d.forget(a)
+			}
+		case errors.As(err, &notFound):
+			d.opt.Log.Info("device vanished", "device", a.name)
+			if err := d.deleteDevice(index); err != nil {
+				d.opt.Log.Warn("device entry remains", "error", err)
+			}
+			d.forget(a)
 		}
-		d.opt.Log.Info("device vanished", "device", a.name)
-		d.forget(a)
 	}
+}
+
+// forgetDead lets go of links and filters that are no longer on the device.
+func (a *attachment) forgetDead() {
+	for _, dir := range directions {
+		if a.links[dir] != nil && locate(a.links[dir], dir, a.index) == linkNowhere {
+			a.links[dir].Close()
+			a.links[dir] = nil
+		}
+	}
+	if !a.filters {
+		return
+	}
+	out, err1 := ownFilters(a.index, egress)
+	in, err2 := ownFilters(a.index, ingress)
+	a.filters = len(out)+len(in) > 0 || err1 != nil || err2 != nil
+}
+
+// detachDrained detaches devices that are no masquerade devices any more, once no
+// mapping is left that is as old as the draining. oldest is the second in which
+// the oldest one was made.
+func (d *Datapath) detachDrained(oldest uint32) error {
+	var errs []error
+	for _, a := range d.attached {
+		if a.draining && int32(oldest-a.since) > 0 {
+			errs = append(errs, d.detach(a))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // detach removes our programs from a device that has drained.
 func (d *Datapath) detach(a *attachment) error {
-	if a.hook == HookTC {
+	if a.filters {
 		if err := detachTC(d.opt.Root, a.index); err != nil {
 			return fmt.Errorf("detach from %s: %w", a.name, err)
 		}
 	}
-	d.forget(a)
 	d.opt.Log.Info("detached", "device", a.name)
+	d.forget(a)
 	return nil
 }
 
 func (d *Datapath) forget(a *attachment) {
-	for _, dir := range []direction{egress, ingress} {
-		if a.links[dir] != nil {
-			a.links[dir].Unpin()
-		}
-		os.Remove(filepath.Join(d.opt.Root, pinLink(dir, a.index)))
-	}
-	os.Remove(markQdisc(d.opt.Root, a.index))
-	a.release()
+	d.dropLinks(a)
+	removeMark(d.opt.Root, a.index)
 	delete(d.attached, a.index)
 }

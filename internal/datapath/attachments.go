@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,72 +11,67 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Attachments returns the devices of this network namespace with our programs on
 // them, as the kernel knows them, with the programs that run before ours at egress.
 func (i *Inspector) Attachments() ([]Attachment, error) {
-	devices, err := netlink.LinkList()
+	devices, err := listDevices()
 	if err != nil {
-		return nil, fmt.Errorf("list devices: %w", err)
+		return nil, err
 	}
 	var out []Attachment
 	for _, dev := range devices {
 		index := dev.Attrs().Index
-		a := Attachment{Device: dev.Attrs().Name, Index: index}
-		switch {
-		case i.linked(index, egress) && i.linked(index, ingress):
-			a.Hook = HookTCX
-		case hasFilter(index, egress) && hasFilter(index, ingress):
-			a.Hook = HookTC
-		default:
-			continue
+		a := &attachment{index: index, filters: true}
+		for _, dir := range directions {
+			a.links[dir], _ = link.LoadPinnedLink(filepath.Join(i.root, pinLink(dir, index)), nil)
 		}
-		var value masqDevice
-		a.Draining = i.maps[pinDevices].Lookup(uint32(index), &value) != nil
-		a.Ahead = programsAhead(index, a.Hook)
-		out = append(out, a)
+		if hook, ok := a.hook(); ok {
+			var value masqDevice
+			draining := i.maps[pinDevices].Lookup(uint32(index), &value) != nil
+			out = append(out, Attachment{Device: dev.Attrs().Name, Index: index, Hook: hook, Draining: draining,
+				Ahead: programsAhead(index, a.links[egress])})
+		}
+		a.release()
 	}
 	slices.SortFunc(out, func(a, b Attachment) int { return strings.Compare(a.Device, b.Device) })
 	return out, nil
 }
 
-// linked tells whether our pinned link is attached to the device with that index.
-func (i *Inspector) linked(index int, dir direction) bool {
-	l, err := link.LoadPinnedLink(filepath.Join(i.root, pinLink(dir, index)), &ebpf.LoadPinOptions{})
-	if err != nil {
-		return false
-	}
-	defer l.Close()
-	info, err := l.Info()
-	return err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == index
-}
-
-// programsAhead names the foreign programs that see a leaving packet before ours.
-func programsAhead(index int, hook Hook) []string {
+// programsAhead names the foreign programs that see a leaving packet before ours:
+// own is our link, nil if we have a filter.
+func programsAhead(index int, own link.Link) []string {
 	var ahead []string
+	var ownID link.ID
+	if own != nil {
+		if info, err := own.Info(); err == nil {
+			ownID = info.ID
+		}
+	}
 	res, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: ebpf.AttachTCXEgress})
 	if err == nil {
 		for _, p := range res.Programs {
-			name := programName(p.ID)
-			if strings.HasPrefix(name, "egress_") && hook == HookTCX {
+			if id, ok := p.LinkID(); ok && id == ownID {
 				return ahead
 			}
-			ahead = append(ahead, name)
+			ahead = append(ahead, programName(p.ID))
 		}
 	}
-	if hook == HookTCX {
-		return ahead
-	}
-	filters, err := netlink.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}, filterParent(egress))
-	if err != nil {
+	filters, err := listFilters(index, egress)
+	if err != nil || own != nil {
 		return ahead
 	}
 	for _, f := range filters {
-		if b, ok := f.(*netlink.BpfFilter); ok && b.Name == filterName(egress) {
+		if isOwnFilter(f, egress) {
 			return ahead
 		}
-		ahead = append(ahead, fmt.Sprintf("%s filter, priority %d", f.Type(), f.Attrs().Priority))
+		name := f.Type() + " filter"
+		if b, ok := f.(*netlink.BpfFilter); ok && b.Name != "" {
+			name += " " + b.Name
+		}
+		ahead = append(ahead, fmt.Sprintf("%s, priority %d", name, f.Attrs().Priority))
 	}
 	return ahead
 }
@@ -94,23 +90,65 @@ func programName(id ebpf.ProgramID) string {
 	return info.Name
 }
 
-// Remove takes the data plane away: programs off the devices, pins, tables.
+// Remove takes the data plane away: programs off the devices of this network
+// namespace, pins, tables, and the directory if nobody else has anything in it.
 // Removing what is not there is no error. It returns what it removed, for people
 // to read. ErrBusy: an agent holds root.
-func Remove(root string) ([]string, error) {
-	if _, err := os.Stat(root); os.IsNotExist(err) {
-		return nil, nil
+func Remove(root string) (removed []string, err error) {
+	onBPF := false
+	if _, err := os.Stat(root); err == nil {
+		if onBPF, err = isBPFFS(root); err != nil {
+			return nil, err
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, rootError(err)
 	}
-	lock, err := lockRoot(root)
+	if onBPF {
+		lock, err := lockRoot(root)
+		if err != nil {
+			return nil, err
+		}
+		defer lock.Close()
+	}
+	// Filters also when the directory is gone: they live without it.
+	if removed, err = removeFilters(root); err != nil || !onBPF {
+		return removed, err
+	}
+	names, err := pinNames(root)
+	if err != nil {
+		return removed, err
+	}
+	// Links first: with the last reference of a pinned link its program is off the device.
+	slices.SortStableFunc(names, func(a, b string) int { return pinRank(a) - pinRank(b) })
+	for _, name := range names {
+		if err := os.Remove(filepath.Join(root, name)); err != nil {
+			return removed, fmt.Errorf("remove pin: %w", err)
+		}
+		removed = append(removed, name)
+	}
+	switch err := os.Remove(root); {
+	case err == nil:
+		return append(removed, root), nil
+	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.ENOTEMPTY), errors.Is(err, os.ErrNotExist):
+		return removed, nil // a mount point, or shared with others
+	default:
+		return removed, fmt.Errorf("remove %s: %w", root, err)
+	}
+}
+
+func pinRank(name string) int {
+	if _, _, ok := parsePinLink(name); ok {
+		return 0
+	}
+	return 1
+}
+
+func removeFilters(root string) ([]string, error) {
+	devices, err := listDevices()
 	if err != nil {
 		return nil, err
 	}
-	defer lock.Close()
 	var removed []string
-	devices, err := netlink.LinkList()
-	if err != nil {
-		return nil, fmt.Errorf("list devices: %w", err)
-	}
 	for _, dev := range devices {
 		index := dev.Attrs().Index
 		if !hasFilter(index, egress) && !hasFilter(index, ingress) {
@@ -121,21 +159,5 @@ func Remove(root string) ([]string, error) {
 		}
 		removed = append(removed, "tc filters of "+dev.Attrs().Name)
 	}
-	entries, err := os.ReadDir(root)
-	if err != nil {
-		return removed, fmt.Errorf("bpf-root: %w", err)
-	}
-	// Links first: removing the last reference of a pinned link detaches its program. Egress
-	// before ingress would let replies of mapped flows hang; the other way round they would
-	// reach the node, so neither is better than doing it quickly.
-	for _, e := range entries {
-		if err := os.RemoveAll(filepath.Join(root, e.Name())); err != nil {
-			return removed, fmt.Errorf("remove pin: %w", err)
-		}
-		removed = append(removed, e.Name())
-	}
-	if err := os.Remove(root); err != nil {
-		return removed, fmt.Errorf("remove %s: %w", root, err)
-	}
-	return append(removed, root), nil
+	return removed, nil
 }

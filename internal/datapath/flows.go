@@ -105,33 +105,46 @@ func (t flowTables) allInbound() iter.Seq2[flowEntry, error] {
 const walkBatch = 4096
 
 // walk reads a whole hash table in batches. Packets go on changing it: an entry
-// may be seen twice or, if it is new, not at all.
+// that is new may be missed.
 func walk[K, V any](m *ebpf.Map, entry func(K, V) flowEntry) iter.Seq2[flowEntry, error] {
 	return func(yield func(flowEntry, error) bool) {
-		size := walkBatch
+		var cursor ebpf.MapBatchCursor
+		size := min(walkBatch, int(m.MaxEntries()))
+		keys, values := make([]K, size), make([]V, size)
 		for {
-			var cursor ebpf.MapBatchCursor
-			keys, values := make([]K, size), make([]V, size)
-			for {
-				n, err := m.BatchLookup(&cursor, keys, values, nil)
-				// A bucket with more entries than the buffer holds: start over with a larger one.
-				if errors.Is(err, unix.ENOSPC) && size < 1<<20 {
-					size *= 4
-					break
-				}
-				if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-					yield(flowEntry{}, fmt.Errorf("read flow table: %w", err))
+			n, err := m.BatchLookup(&cursor, keys, values, nil)
+			// The next bucket holds more than the buffer: the same again with a larger one.
+			if errors.Is(err, unix.ENOSPC) && len(keys) < int(m.MaxEntries()) {
+				keys, values = make([]K, 4*len(keys)), make([]V, 4*len(values))
+				continue
+			}
+			if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				yield(flowEntry{}, fmt.Errorf("read flow table: %w", err))
+				return
+			}
+			for i := range n {
+				if !yield(entry(keys[i], values[i]), nil) {
 					return
 				}
-				for i := range n {
-					if !yield(entry(keys[i], values[i]), nil) {
-						return
-					}
-				}
-				if err != nil {
-					return // the end
-				}
+			}
+			if err != nil {
+				return // the end
 			}
 		}
 	}
+}
+
+// find looks up the entry of k in a forward or reverse table.
+func (t flowTables) find(m *ebpf.Map, k flowKey) (flowEntry, bool) {
+	if t.ipv4 {
+		var v masqFlow4
+		err := m.Lookup(masqTuple4{
+			Local: addr4To(k.local.Addr()), Remote: addr4To(k.remote.Addr()),
+			Lport: swapPort(k.local.Port()), Rport: swapPort(k.remote.Port()), Proto: k.proto,
+		}, &v)
+		return entryOf(k, v.Flow, addr4From(v.Addr)), err == nil
+	}
+	var v masqFlow6
+	err := m.Lookup(k.tuple(), &v)
+	return entryOf(k, v.Flow, addrFrom(v.Addr)), err == nil
 }

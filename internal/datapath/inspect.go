@@ -183,11 +183,20 @@ func (i *Inspector) Counts() ([]Count, error) {
 // Usage counts the flows of both families.
 func (i *Inspector) Usage() ([2]Usage, error) {
 	var out [2]Usage
-	s := sweeper{tables: i.tables}
 	for n, t := range i.tables {
-		out[n].Limit, out[n].InboundLimit = int(t.forward.MaxEntries()), int(t.inbound.MaxEntries())
-		if err := s.count(t, &out[n]); err != nil {
-			return out, err
+		u := &out[n]
+		u.Limit, u.InboundLimit = int(t.forward.MaxEntries()), int(t.inbound.MaxEntries())
+		for _, err := range t.all(t.forward) {
+			if err != nil {
+				return out, err
+			}
+			u.Flows++
+		}
+		for _, err := range t.allInbound() {
+			if err != nil {
+				return out, err
+			}
+			u.Inbound++
 		}
 	}
 	return out, nil
@@ -219,27 +228,31 @@ func (i *Inspector) Flush(f Filter) (int, error) {
 	}
 	defer prog.Close()
 	r := &reaper{prog: prog}
-	ctx := context.Background()
 	for _, t := range i.tables {
-		for e, err := range t.all(t.forward) {
-			if err == nil && f.selects(e, e.host()) {
-				err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapForward, Force: 1})
-			}
-			if err != nil {
-				return r.removed, err
-			}
-		}
-		if !f.All {
-			continue
-		}
-		for e, err := range t.allInbound() {
-			if err == nil && f.selects(e, false) {
-				err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapInbound, Force: 1})
-			}
-			if err != nil {
-				return r.removed, err
-			}
+		if err := t.flush(r, f); err != nil {
+			return r.removed, err
 		}
 	}
-	return r.removed, r.flush(ctx)
+	return r.removed, nil
+}
+
+func (t flowTables) flush(r *reaper, f Filter) error {
+	ctx := context.Background()
+	for e, err := range t.all(t.forward) {
+		if err == nil && f.selects(e, e.host()) {
+			err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapForward, Force: 1})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for e, err := range t.allInbound() {
+		if err == nil && f.selects(e, true) {
+			err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapInbound, Force: 1})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return r.flush(ctx)
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -48,7 +49,9 @@ type Datapath struct {
 	features Features
 	lock     *os.File
 	objs     masqObjects
+	trie     *ebpf.MapSpec       // of a policy table
 	attached map[int]*attachment // by ifindex
+	taken    bool                // what an earlier agent attached has been taken over
 	applied  *applied
 	sweeper  *sweeper
 
@@ -60,13 +63,20 @@ type Datapath struct {
 // Open locks opt.Root, loads the programs and maps or takes over the pinned ones,
 // and puts this version's programs in the place of the attached ones. The policy
 // in force stays until Apply.
-func Open(opt Options) (d *Datapath, err error) {
+func Open(opt Options) (*Datapath, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
 	// Kernels before 5.11 charge maps to RLIMIT_MEMLOCK; without the privilege the load says so.
 	if err := rlimit.RemoveMemlock(); err != nil {
 		opt.Log.Debug("keep the limit of locked memory", "error", err)
+	}
+	features, err := Probe()
+	if err != nil {
+		return nil, err
+	}
+	if opt.NoTCX {
+		features.TCX = false
 	}
 	if err := prepareRoot(opt); err != nil {
 		return nil, err
@@ -75,31 +85,35 @@ func Open(opt Options) (d *Datapath, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d = &Datapath{opt: opt, lock: lock, attached: make(map[int]*attachment)}
-	defer func() {
-		if err != nil {
-			d.Close()
-		}
-	}()
-	if d.features, err = Probe(); err != nil {
-		return nil, err
-	}
-	if opt.NoTCX {
-		d.features.TCX = false
-	}
-	if err := d.load(); err != nil {
-		return nil, err
-	}
-	if err := d.initState(); err != nil {
-		return nil, err
-	}
-	if d.sweeper, err = newSweeper(&d.objs); err != nil {
-		return nil, err
-	}
-	if err := d.takeOver(); err != nil {
+	d := &Datapath{opt: opt, features: features, lock: lock, attached: make(map[int]*attachment)}
+	if err := d.open(); err != nil {
+		d.Close()
 		return nil, err
 	}
 	return d, nil
+}
+
+func (d *Datapath) open() error {
+	if err := removeStale(d.opt.Root); err != nil {
+		return err
+	}
+	if err := checkLayout(d.opt.Root); err != nil {
+		return err
+	}
+	if err := d.load(); err != nil {
+		return err
+	}
+	st, err := d.initState()
+	if err != nil {
+		return err
+	}
+	d.sweeper = newSweeper(&d.objs)
+	if st.Active == noGeneration {
+		// Without a policy the programs drop what should leave: whatever is attached
+		// goes on with its own tables until the first Apply.
+		return nil
+	}
+	return d.takeOver()
 }
 
 func (d *Datapath) load() error {
@@ -113,20 +127,80 @@ func (d *Datapath) load() error {
 	if err := d.features.set(spec); err != nil {
 		return err
 	}
-	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: d.opt.Root}})
-	switch {
-	case err == nil:
-	case errors.Is(err, ebpf.ErrMapIncompatible):
-		return hint(fmt.Errorf("take over the tables in %s: %w", d.opt.Root, err),
-			"another version of Bauta made them; its data plane goes on working",
-			"run the version that made them, or `bauta cleanup` first (running connections end)")
-	case errors.Is(err, unix.EPERM):
-		return hint(fmt.Errorf("load the programs: %w", err), "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed (CAP_SYS_RESOURCE before kernel 5.11)")
-	default:
-		return hint(fmt.Errorf("load the programs: %w", err), "set enable-bpf-masquerade=false to use iptables on this kernel")
+	d.trie = spec.Maps[pinPolicies].InnerMap
+	before, err := pinNames(d.opt.Root)
+	if err != nil {
+		return err
 	}
-	// The reaper is pinned, so that `nat flush` works with the agent down.
-	return replacePin(d.objs.Reap.Pin, filepath.Join(d.opt.Root, pinReap))
+	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: d.opt.Root}})
+	if err == nil {
+		// The reaper is pinned, so that `nat flush` works with the agent down.
+		err = replacePin(d.objs.Reap.Pin, filepath.Join(d.opt.Root, pinReap))
+	}
+	if err != nil {
+		return errors.Join(loadError(d.opt.Root, err), removeNew(d.opt.Root, before))
+	}
+	return nil
+}
+
+// removeNew takes away the pins of a load that failed: tables without programs
+// look like a data plane.
+func removeNew(root string, before []string) error {
+	now, err := pinNames(root)
+	for _, name := range now {
+		if !slices.Contains(before, name) {
+			err = errors.Join(err, os.Remove(filepath.Join(root, name)))
+		}
+	}
+	return err
+}
+
+func loadError(root string, err error) error {
+	switch {
+	case errors.Is(err, ebpf.ErrMapIncompatible):
+		return incompatible(fmt.Errorf("take over the tables in %s: %w", root, err))
+	case errors.Is(err, unix.EROFS):
+		return rootError(err)
+	case errors.Is(err, unix.EPERM):
+		return hint(fmt.Errorf("load the programs: %w", err), needPrivilege)
+	case errors.Is(err, unix.ENOMEM):
+		return hint(fmt.Errorf("load the programs: %w", err), "lower bpf-nat-global-max")
+	}
+	return hint(fmt.Errorf("load the programs: %w", err), noEBPF)
+}
+
+const (
+	needPrivilege = "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (CAP_SYS_ADMIN and CAP_SYS_RESOURCE before kernel 5.11)"
+	noEBPF        = "set enable-bpf-masquerade=false to use iptables on this kernel"
+)
+
+func incompatible(err error) error {
+	return hint(err, "another version of Bauta made them; its data plane goes on working",
+		"run the version that made them, or `bauta cleanup` first (running connections end)")
+}
+
+// checkLayout refuses tables of another layout before anything is touched.
+func checkLayout(root string) error {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(root, pinControl), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned table %s: %w", pinControl, err)
+	}
+	defer m.Close()
+	b, err := m.LookupBytes(uint32(0))
+	if err != nil {
+		return fmt.Errorf("read control: %w", err)
+	}
+	const at = 4 // of state.layout, in every version
+	if len(b) < at+4 {
+		return incompatible(fmt.Errorf("take over the tables in %s: unknown layout", root))
+	}
+	if layout := binary.NativeEndian.Uint32(b[at:]); layout != mapLayout && layout != 0 {
+		return incompatible(fmt.Errorf("take over the tables in %s: layout %d, this version has %d", root, layout, mapLayout))
+	}
+	return nil
 }
 
 // size sets the number of flows: that of the tables there are, unless another was asked for.
@@ -160,39 +234,52 @@ func (d *Datapath) size(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-// initState fills control when its map is new, and refuses another layout.
-func (d *Datapath) initState() error {
-	var st masqState
-	if err := d.objs.Control.Lookup(uint32(0), &st); err != nil {
-		return fmt.Errorf("read control: %w", err)
-	}
-	if st.Layout == mapLayout {
-		return nil
-	}
-	if st.Layout != 0 {
-		return hint(fmt.Errorf("take over the tables in %s: layout %d, this version has %d", d.opt.Root, st.Layout, mapLayout),
-			"run the version that made them, or `bauta cleanup` first (running connections end)")
+// initState fills control when its map is new.
+func (d *Datapath) initState() (masqState, error) {
+	st, err := d.state()
+	if err != nil || st.Layout == mapLayout {
+		return st, err
 	}
 	var seed [8]byte
 	rand.Read(seed[:])
-	now, err := monotonicSeconds()
-	if err != nil {
-		return err
+	st = masqState{Active: noGeneration, Layout: mapLayout, Seed: binary.NativeEndian.Uint64(seed[:])}
+	return st, d.setState(st)
+}
+
+func (d *Datapath) state() (st masqState, err error) {
+	if err := d.objs.Control.Lookup(uint32(0), &st); err != nil {
+		return st, fmt.Errorf("read control: %w", err)
 	}
-	st = masqState{
-		Active:     noGeneration,
-		Layout:     mapLayout,
-		LearnUntil: now + uint32(learnWindow/time.Second),
-		Seed:       binary.NativeEndian.Uint64(seed[:]),
-	}
+	return st, nil
+}
+
+func (d *Datapath) setState(st masqState) error {
 	if err := d.objs.Control.Put(uint32(0), st); err != nil {
 		return fmt.Errorf("write control: %w", err)
 	}
 	return nil
 }
 
-// Close lets go of the data plane; it stays attached and pinned.
+// startLearning opens the window in which connections that were there before us
+// count as opened from outside; it begins with the very first attach.
+func (d *Datapath) startLearning() error {
+	st, err := d.state()
+	if err != nil || st.LearnUntil != 0 {
+		return err
+	}
+	now, err := monotonicSeconds()
+	if err != nil {
+		return err
+	}
+	st.LearnUntil = now + uint32(learnWindow/time.Second)
+	return d.setState(st)
+}
+
+// Close lets go of the data plane; it stays attached and pinned. It may be called again.
 func (d *Datapath) Close() error {
+	if d.lock == nil {
+		return nil
+	}
 	for _, a := range d.attached {
 		a.release()
 	}
@@ -200,10 +287,8 @@ func (d *Datapath) Close() error {
 	if d.applied != nil {
 		d.applied.close()
 	}
-	if d.lock != nil {
-		d.lock.Close() // and with it the lock
-		d.lock = nil
-	}
+	d.lock.Close() // and with it the lock
+	d.lock = nil
 	return err
 }
 

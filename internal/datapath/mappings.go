@@ -32,13 +32,6 @@ func (i *Inspector) Mappings(f Filter) ([]Mapping, error) {
 	}
 	var out []Mapping
 	for _, t := range i.tables {
-		reverse := make(map[flowKey]flowEntry)
-		for e, err := range t.all(t.reverse) {
-			if err != nil {
-				return nil, err
-			}
-			reverse[e.key] = e
-		}
 		for e, err := range t.all(t.forward) {
 			if err != nil {
 				return nil, err
@@ -46,8 +39,10 @@ func (i *Inspector) Mappings(f Filter) ([]Mapping, error) {
 			if !f.selects(e, e.host()) {
 				continue
 			}
-			r, ok := reverse[e.reverseKey()]
-			ok = ok && r.xlate == e.key.local
+			r, ok := t.find(t.reverse, e.reverseKey())
+			if ok = ok && r.xlate == e.key.local; !ok {
+				r = flowEntry{}
+			}
 			out = append(out, e.leaving(now, e.state(r)))
 			if ok {
 				out = append(out, r.arriving(now, e.state(r)))

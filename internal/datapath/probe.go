@@ -1,8 +1,11 @@
 package datapath
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -25,7 +28,10 @@ const loopback = 1
 func Probe() (Features, error) {
 	var f Features
 	if err := features.HaveProgramType(ebpf.SchedCLS); err != nil {
-		return f, hint(fmt.Errorf("load a tc program: %w", err), "set enable-bpf-masquerade=false to use iptables on this kernel")
+		if errors.Is(err, os.ErrPermission) {
+			return f, hint(fmt.Errorf("load a tc program: %w", err), needPrivilege)
+		}
+		return f, hint(fmt.Errorf("load a tc program: %w", err), noEBPF)
 	}
 	_, err := link.QueryPrograms(link.QueryOptions{Target: loopback, Attach: ebpf.AttachTCXEgress})
 	f.TCX = err == nil
@@ -78,6 +84,12 @@ func (f Features) set(spec *ebpf.CollectionSpec) error {
 		}
 	}
 	return nil
+}
+
+// ObjectTag names the embedded programs: the beginning of their SHA-256.
+func ObjectTag() string {
+	sum := sha256.Sum256(_MasqBytes)
+	return hex.EncodeToString(sum[:6])
 }
 
 // Tier names the features for humans, for example "tcx, coarse clock, ipv6 checksum flag".

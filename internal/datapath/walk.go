@@ -1,0 +1,262 @@
+package datapath
+
+import (
+	"context"
+	"hash/maphash"
+	"net/netip"
+
+	"bauta.dev/bauta/internal/policy"
+)
+
+// walker goes once through the tables of one family. It names candidates, the
+// reaper decides: an entry whose own direction is silent for longer than the
+// timer that its bits speak for. What only the other half knows, the walk
+// through the other table finds.
+type walker struct {
+	facts   sweepFacts
+	ctx     context.Context
+	now     uint32
+	tables  flowTables
+	percent uint32 // of the timers
+	// inboundPercent is the same for connections opened from outside.
+	inboundPercent uint32
+
+	usage          Usage
+	ports          *portTally
+	oldest         *uint32
+	paired         pairFilter
+	expired        reaper
+	vanished       reaper
+	orphans        reaper
+	expiredInbound int
+}
+
+func (w *walker) walk() error {
+	w.usage.Limit, w.usage.InboundLimit = int(w.tables.forward.MaxEntries()), int(w.tables.inbound.MaxEntries())
+	for e, err := range w.tables.all(w.tables.forward) {
+		if err == nil {
+			err = w.forward(e)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for e, err := range w.tables.all(w.tables.reverse) {
+		if err == nil {
+			err = w.reverse(e)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := w.expired.flush(w.ctx); err != nil {
+		return err
+	}
+	if err := w.vanished.flush(w.ctx); err != nil {
+		return err
+	}
+	w.usage.Flows = max(w.usage.Flows-w.expired.removed-w.vanished.removed, 0)
+	return w.walkInbound()
+}
+
+func (w *walker) walkInbound() error {
+	inbound := reaper{prog: w.expired.prog}
+	for e, err := range w.tables.allInbound() {
+		if err != nil {
+			return err
+		}
+		w.usage.Inbound++
+		if !w.due(e.seen, e.inboundTimer(), w.inboundPercent) {
+			continue
+		}
+		if err := inbound.add(w.ctx, masqReapRecord{Key: e.key.tuple(), Table: reapInbound, Percent: w.inboundPercent}); err != nil {
+			return err
+		}
+	}
+	err := inbound.flush(w.ctx)
+	w.expiredInbound = inbound.removed
+	w.usage.Inbound -= inbound.removed
+	return err
+}
+
+func (w *walker) forward(e flowEntry) error {
+	w.usage.Flows++
+	w.ports.add(e)
+	w.paired.add(e.reverseKey())
+	rec := masqReapRecord{Key: e.key.tuple(), Table: reapForward, Percent: w.percent}
+	if !w.facts.local[e.xlate.Addr()] {
+		rec.Force = 1
+		return w.vanished.add(w.ctx, rec)
+	}
+	if w.due(e.seen, e.forwardTimer(), w.percent) {
+		return w.expired.add(w.ctx, rec)
+	}
+	return nil
+}
+
+func (w *walker) reverse(e flowEntry) error {
+	if int32(*w.oldest-e.created) > 0 {
+		*w.oldest = e.created // a reopened connection keeps that of its first
+	}
+	if !w.paired.has(e.key) {
+		return w.orphans.add(w.ctx, masqReapRecord{Key: e.key.tuple(), Table: reapReverse, Percent: 100})
+	}
+	if timer, ok := e.reverseTimer(); ok && w.due(e.seen, timer, w.percent) {
+		inner := flowKey{local: e.xlate, remote: e.key.remote, proto: e.key.proto}
+		return w.expired.add(w.ctx, masqReapRecord{Key: inner.tuple(), Table: reapForward, Percent: w.percent})
+	}
+	return nil
+}
+
+func (w *walker) due(seen uint32, t timer, percent uint32) bool {
+	limit := uint64(w.facts.timers[t])
+	if t != timerTCPEstablished {
+		limit = limit * uint64(percent) / 100
+	}
+	idle := int32(w.now - seen)
+	return idle > 0 && uint64(idle) > limit
+}
+
+// timer numbers the timers as enum timer of bpf/maps.h does.
+type timer int
+
+const (
+	timerTCPSyn timer = iota
+	timerTCPEstablished
+	timerTCPClosing
+	timerUDP
+	timerUDPStream
+	timerICMP
+	timerOther
+)
+
+// timers are the seconds by timer.
+type timers [7]uint32
+
+// forwardTimer is what the leaving direction alone says: flow_timer of bpf/flow.h
+// with an answered and otherwise silent other half.
+func (e flowEntry) forwardTimer() timer {
+	switch e.key.proto {
+	case policy.ProtoTCP:
+		if e.bits&(bitRst|bitFin) != 0 {
+			return timerTCPClosing
+		}
+		if e.bits&bitData != 0 {
+			return timerTCPEstablished
+		}
+		return timerTCPSyn
+	case policy.ProtoUDP, policy.ProtoUDPLite:
+		return timerUDPStream
+	}
+	return e.otherTimer()
+}
+
+// reverseTimer is the shorter timer that the arriving direction asks for: because
+// it closed the connection, or never answered.
+func (e flowEntry) reverseTimer() (timer, bool) {
+	switch {
+	case e.key.proto == policy.ProtoTCP && e.bits&(bitRst|bitFin) != 0:
+		return timerTCPClosing, true
+	case e.packets > 0:
+		return 0, false
+	case e.key.proto == policy.ProtoTCP:
+		return timerTCPSyn, true
+	case e.key.proto == policy.ProtoUDP || e.key.proto == policy.ProtoUDPLite:
+		return timerUDP, true
+	}
+	return 0, false
+}
+
+// inboundTimer is inbound_timer of bpf/inbound.h.
+func (e flowEntry) inboundTimer() timer {
+	switch {
+	case e.key.proto == policy.ProtoUDP || e.key.proto == policy.ProtoUDPLite:
+		return timerUDP
+	case e.key.proto != policy.ProtoTCP:
+		return e.otherTimer()
+	case e.bits&bitRst != 0 || e.bits&(bitFin|bitOutFin) == bitFin|bitOutFin:
+		return timerTCPClosing
+	case e.bits&(bitData|bitOut) == bitData|bitOut:
+		return timerTCPEstablished
+	}
+	return timerTCPSyn
+}
+
+func (e flowEntry) otherTimer() timer {
+	if e.key.proto == policy.ProtoICMP || e.key.proto == policy.ProtoICMPv6 {
+		return timerICMP
+	}
+	return timerOther
+}
+
+// pairFilter remembers which reverse entries have a forward entry, in one bit each
+// and so with mistakes: an orphan may hide behind another flow's bit. The seed
+// differs in every walk, so it does not hide for long.
+type pairFilter struct {
+	bits []uint64
+	seed uint64
+}
+
+const (
+	pairBitsPerFlow = 16
+	pairBitsAtLeast = 1 << 18
+)
+
+func newPairFilter(flows int, seed uint64) pairFilter {
+	return pairFilter{make([]uint64, max(2*flows*pairBitsPerFlow, pairBitsAtLeast)/64), seed}
+}
+
+func (f pairFilter) bit(k flowKey) (word, mask uint64) {
+	h := k.hash() + f.seed
+	h = (h ^ h>>31) * 0x9e3779b97f4a7c15
+	h ^= h >> 32
+	return h / 64 % uint64(len(f.bits)), 1 << (h % 64)
+}
+
+func (f pairFilter) add(k flowKey) {
+	word, mask := f.bit(k)
+	f.bits[word] |= mask
+}
+
+func (f pairFilter) has(k flowKey) bool {
+	word, mask := f.bit(k)
+	return f.bits[word]&mask != 0
+}
+
+var hashSeed = maphash.MakeSeed()
+
+func (k flowKey) hash() uint64 { return maphash.Comparable(hashSeed, k) }
+
+// portTally finds the remote towards which most ports are taken. It keeps a hash
+// of each remote only: there may be as many remotes as flows.
+type portTally struct {
+	most PortUse
+	used map[uint64]int
+}
+
+// portGroup is what a port must be unique within.
+type portGroup struct {
+	proto  uint8
+	addr   netip.Addr
+	remote netip.AddrPort
+}
+
+func newPortTally(pool int) *portTally {
+	return &portTally{PortUse{Pool: pool}, make(map[uint64]int)}
+}
+
+func (t *portTally) add(e flowEntry) {
+	switch e.key.proto {
+	case policy.ProtoTCP, policy.ProtoUDP, policy.ProtoUDPLite, policy.ProtoSCTP:
+	default:
+		return
+	}
+	h := maphash.Comparable(hashSeed, portGroup{e.key.proto, e.xlate.Addr(), e.key.remote})
+	t.used[h]++
+	if t.used[h] > t.most.Used {
+		t.most.Used = t.used[h]
+		t.most.Proto, t.most.Addr, t.most.Remote = e.key.proto, e.xlate.Addr(), e.key.remote
+	}
+}
+
+func (t *portTally) worst() PortUse { return t.most }
