@@ -1,66 +1,68 @@
 package e2e_test
 
 import (
-	"log/slog"
+	"fmt"
+	"os"
+	"runtime"
+	"syscall"
 	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/lab"
-	"bauta.dev/bauta/internal/policy"
 )
 
-// clsact makes every agent of the node use clsact filters on eth0, also on a
-// kernel with tcx: it attaches as an older kernel would, and agents keep the hook
-// that they find.
-func (n *node) clsact() {
-	n.t.Helper()
-	index, err := n.Node.Index("eth0")
-	if err != nil {
-		n.t.Fatal(err)
+// withoutTCX names the program that this test binary turns into, in a kernel that
+// denies having tcx.
+const withoutTCX = "BAUTA_E2E_WITHOUT_TCX"
+
+// becomeOldKernelAgent replaces this process by a program for which the query of
+// attached programs is an error, as on a kernel older than 6.6. It returns only
+// if that goes wrong.
+func becomeOldKernelAgent(program string) error {
+	const bpfProgQuery = 16
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // system call number
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_BPF, Jf: 3},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 16}, // its first argument, lower half
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: bpfProgQuery, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EINVAL)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 	}
-	in := policy.Input{
-		IPv4: true, IPv6: true,
-		Sources:   []policy.Rule{{Prefix: lab.PodRange4}, {Prefix: lab.PodRange6}},
-		HostAddrs: append(n.NodeAddr.All(), n.PodGateway.All()...),
-		Devices:   []policy.Device{{Name: "eth0", Index: index, Ethernet: true, IPv4: n.NodeAddr.V4, IPv6: n.NodeAddr.V6}},
+	runtime.LockOSThread()
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no new privileges: %w", err)
 	}
-	for p := uint16(32768); p != 0; p++ {
-		in.Ports = append(in.Ports, p)
+	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&prog)), 0, 0); err != nil {
+		return fmt.Errorf("seccomp: %w", err)
 	}
-	p, err := policy.Build(in)
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	err = n.Node.Do(func() error {
-		d, err := datapath.Open(datapath.Options{
-			Root: n.bpfRoot, DefaultFlows: 1 << 16, NoTCX: true, AllowPrivateBPFFS: true, Log: slog.New(slog.DiscardHandler),
-		})
-		if err != nil {
-			return err
-		}
-		defer d.Close()
-		return d.Apply(n.t.Context(), p)
-	})
-	if err != nil {
-		n.t.Fatal(err)
-	}
+	os.Unsetenv(withoutTCX)
+	return syscall.Exec(program, append([]string{program}, os.Args[1:]...), os.Environ())
 }
 
-// eachHook runs a test with a node of its own on each kind of attachment.
+// eachHook runs a test with a node of its own on each kind of attachment, with
+// the agent running.
 func eachHook(t *testing.T, opts lab.Options, test func(*testing.T, *node), args ...string) {
 	t.Helper()
 	for _, hook := range []datapath.Hook{datapath.HookTCX, datapath.HookTC} {
 		t.Run(string(hook), func(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, opts)
-			if hook == datapath.HookTC {
-				n.clsact()
-			}
+			n.noTCX = hook == datapath.HookTC
 			n.start(append([]string{podCIDRs}, args...)...)
-			if st := n.status(); len(st.Devices) != 1 || st.Devices[0].Hook != hook {
-				t.Fatalf("devices: %+v, want one on %s", st.Devices, hook)
-			}
+			n.expectHook(hook)
 			test(t, n)
 		})
+	}
+}
+
+// expectHook checks how eth0 is attached.
+func (n *node) expectHook(hook datapath.Hook) {
+	n.t.Helper()
+	if st := n.status(); len(st.Devices) != 1 || st.Devices[0].Hook != hook {
+		n.t.Fatalf("devices: %+v, want one on %s", st.Devices, hook)
 	}
 }

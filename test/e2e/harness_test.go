@@ -33,6 +33,7 @@ type node struct {
 	runDir  string
 	bin     string   // what start and CLI run
 	env     []string // of the agent, added to that of the test
+	noTCX   bool     // the agent finds a kernel without tcx
 	agent   *process // the running one, or the last
 	log     logBuffer
 }
@@ -73,6 +74,10 @@ func (n *node) launch(args ...string) {
 	fmt.Fprintf(&n.log, "$ bauta %s\n", strings.Join(all, " "))
 	cmd := exec.Command(n.bin, all...)
 	cmd.Env = append(os.Environ(), n.env...)
+	if n.noTCX {
+		cmd.Path = "/proc/self/exe"
+		cmd.Env = append(cmd.Env, withoutTCX+"="+n.bin)
+	}
 	cmd.Stdout, cmd.Stderr = &n.log, &n.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := startIn(n.Node, cmd); err != nil {

@@ -17,6 +17,10 @@ import (
 var bautaBin, upgradeBin string
 
 func TestMain(m *testing.M) {
+	if program := os.Getenv(withoutTCX); program != "" {
+		fmt.Fprintln(os.Stderr, becomeOldKernelAgent(program))
+		os.Exit(1)
+	}
 	os.Exit(run(m))
 }
 
