@@ -1,6 +1,9 @@
 package cli
 
 import (
+	"os/signal"
+	"syscall"
+
 	"github.com/spf13/cobra"
 
 	"bauta.dev/bauta/internal/demo"
@@ -21,7 +24,9 @@ Nothing on the host changes, and nothing is left behind. It takes some seconds.`
   sudo bauta demo --keep`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return demo.Run(c.Context(), demo.Options{Out: a.Stdout, Keep: keep})
+			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			return demo.Run(ctx, demo.Options{Out: a.Stdout, Keep: keep})
 		},
 		DisableFlagsInUseLine: true,
 	}

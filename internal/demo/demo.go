@@ -16,11 +16,14 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/lab"
 )
@@ -116,6 +119,8 @@ type demo struct {
 }
 
 func runInner(ctx context.Context, opt Options) (err error) {
+	// A killed parent reads no more: the clean-up must not die of that.
+	signal.Ignore(syscall.SIGPIPE)
 	d := &demo{opt: opt}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.setUp(ctx); err != nil {
@@ -268,6 +273,11 @@ Remove everything:
   kill %d
 `, enter(d.top.Pods[0]), d.top.WorldAddr.V4, enter(d.top.Node), d.self, d.bpfRoot(), d.runDir(),
 		enter(d.top.World), d.masqFile(), pid)
+	// The parent's stderr must not stay open: somebody may read it to its end.
+	if null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0); err == nil {
+		unix.Dup2(int(null.Fd()), 2)
+		null.Close()
+	}
 	fmt.Fprint(d.opt.Out, keptMark)
 	d.opt.Out = io.Discard
 	<-ctx.Done()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -72,14 +73,14 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// An interrupted demo leaves nothing either, whether it is asked or killed.
+// An interrupted demo leaves nothing either, whether it is asked to end or killed.
 func TestInterrupt(t *testing.T) {
 	labtest.Root(t)
 	bin := build(t)
-	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
 		t.Run(sig.String(), func(t *testing.T) {
 			tmp := t.TempDir()
-			cmd := exec.Command(bin, "demo", "--keep")
+			cmd := exec.Command(bin, "demo")
 			cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
 			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 			defer cancel()
@@ -100,6 +101,39 @@ func TestInterrupt(t *testing.T) {
 			})
 		})
 	}
+}
+
+// --keep says how to use and how to remove what it leaves, and that works.
+func TestKeep(t *testing.T) {
+	labtest.Root(t)
+	tmp := t.TempDir()
+	var out lockedBuffer
+	cmd := exec.Command(build(t), "demo", "--keep")
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("demo --keep: %v\n%s", err, out.buf.String())
+	}
+	text := out.buf.String()
+	pod := regexp.MustCompile(`(?m)^  pod: +(nsenter .*)$`).FindStringSubmatch(text)
+	kill := regexp.MustCompile(`(?m)^  kill (\d+)$`).FindStringSubmatch(text)
+	if pod == nil || kill == nil {
+		t.Fatalf("no instructions:\n%s", text)
+	}
+	defer exec.Command("kill", kill[1]).Run()
+	args := append(strings.Fields(pod[1]), "-c", "1", "-W", "5")
+	if got, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+		t.Errorf("%s: %v\n%s", pod[1], err, got)
+	}
+	if got, err := exec.Command("kill", kill[1]).CombinedOutput(); err != nil {
+		t.Fatalf("kill: %v %s", err, got)
+	}
+	labtest.Eventually(t, 10*time.Second, func() error {
+		if left := leftovers(t, tmp); len(left) > 0 {
+			return &leftError{left}
+		}
+		return nil
+	})
 }
 
 type leftError struct{ left []string }
