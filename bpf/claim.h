@@ -99,7 +99,8 @@ __noinline int claim_try(struct __sk_buff *skb, __u32 i)
 		s->claim.outcome = OUT_CONTINUE;
 		return 1;
 	}
-	if (!(s->claim.bits & FLOW_HOST) && claim_node_owns(skb, &s->reverse))
+	/* The own port of a node's flow is held by the very socket that sends. */
+	if (!(s->claim.bits & FLOW_HOST && i == 0) && claim_node_owns(skb, &s->reverse))
 		return 0;
 	entry.seen = entry.created = now_seconds();
 	entry.port = s->flow.lport;

@@ -39,7 +39,7 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 	if (policy_settings(&generation))
 		r = policy_lookup(generation, TRIE_SOURCE, &pkt->src);
 	if (r && r->outcome == OUT_PASS_HOST)
-		return OUT_MASQ_ERROR;
+		return endpoint_is(&s->to, &s->quote.dst, s->quote.dport) ? OUT_PASS_HOST : OUT_MASQ_ERROR;
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->src, &s->to.addr)))
 		return OUT_DROP_REWRITE;
@@ -217,16 +217,20 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	} else if (out) {
 		return out;
 	} else if (keyed && is_opening(pkt)) {
-		inbound_delete(&s->flow);
+		/* A query has no tuple in common with an inbound one, unless by an identifier of 0. */
+		if (pkt->kind != KIND_QUERY)
+			inbound_delete(&s->flow);
 	} else if (keyed && inbound_answers(&s->flow, pkt, set)) {
-		if (pkt->first_fragment)
-			fragment_note(pkt, EGRESS, &pkt->src, OUT_PASS_INBOUND);
-		return OUT_PASS_INBOUND;
+		out = OUT_PASS_INBOUND;
 	}
-	if (!bits)
+	if (!out)
 		out = egress_admit(skb, s, set);
-	if (!bits && out)
+	if (!bits && out) {
+		/* What passes by more than its addresses says so for its later fragments. */
+		if (pkt->first_fragment && (out == OUT_PASS_INBOUND || out == OUT_PASS_PROTOCOL))
+			fragment_note(pkt, EGRESS, &pkt->src, out);
 		return out;
+	}
 	mapped = egress_map(skb, s, bits);
 	/* The node's packet is not dropped because no mapping was to be had. */
 	return bits && mapped >= FIRST_DROP && mapped != OUT_DROP_REWRITE ? out : mapped;
@@ -245,6 +249,8 @@ static __always_inline enum outcome egress(struct __sk_buff *skb, struct scratch
 		out = OUT_CONTINUE;
 	else if (pkt->kind == KIND_ERROR)
 		out = egress_error(skb, s);
+	else if (pkt->kind == KIND_REPLY)
+		out = OUT_CONTINUE; /* mappings begin with a query; identifier 0 would look like one */
 	else if ((f = flow_find(FORWARD, &s->flow, &s->to)))
 		out = egress_known(skb, s, f);
 	return out ?: egress_unknown(skb, s);

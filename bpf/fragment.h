@@ -15,7 +15,9 @@ static __always_inline void fragment_key(struct datagram *k, const struct packet
 		.src = pkt->src,
 		.dst = pkt->dst,
 		.id = pkt->fragment_id,
-		.proto = pkt->proto,
+		/* IPv6 has one number space for all protocols (RFC 8200 section 4.5), and what a
+		 * fragment header names as next may be a further extension header. */
+		.proto = is_ipv4(pkt) ? pkt->proto : 0,
 		.ingress = direction == INGRESS,
 	};
 }

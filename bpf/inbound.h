@@ -102,6 +102,7 @@ static __noinline enum outcome inbound_arrives(const struct tuple *t, const stru
 	struct endpoint external;
 	struct tuple4 k;
 	__u32 generation = 0, now;
+	bool live;
 	long err;
 
 	set = policy_settings(&generation);
@@ -112,19 +113,22 @@ static __noinline enum outcome inbound_arrives(const struct tuple *t, const stru
 		return OUT_PASS_NO_MAPPING; /* for the node, or none of ours */
 	now = now_seconds();
 	in = inbound_find(t);
+	live = in && !inbound_expired(t, in, set, now);
+	/* A live mapping wins: its owner spoke first. A query can't belong to one. */
+	if (!live && (!inbound_opens(pkt, now) ||
+		      (pkt->kind != KIND_QUERY && flow_find(FORWARD, t, &external))))
+		return OUT_PASS_NO_MAPPING;
 	if (in) {
-		if (is_opening(pkt) && pkt->proto == IPPROTO_TCP) {
+		if (!live || (is_opening(pkt) && pkt->proto == IPPROTO_TCP)) {
 			in->bits = 0;
 			in->created = now;
+			in->packets = 0;
 		}
 		in->bits = flow_bits(in->bits, pkt);
 		in->seen = now;
 		in->packets += pkt->segments;
 		return OUT_PASS_INBOUND;
 	}
-	/* A live mapping wins: its owner spoke first. */
-	if (!inbound_opens(pkt, now) || flow_find(FORWARD, t, &external))
-		return OUT_PASS_NO_MAPPING;
 	new.seen = now;
 	new.created = now;
 	new.bits = flow_bits(0, pkt);

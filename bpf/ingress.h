@@ -19,6 +19,8 @@ static __noinline enum outcome ingress_error(struct __sk_buff *skb, struct scrat
 	tuple_leaving(&s->flow, &s->quote); /* the quote is what we sent */
 	if (!flow_find(REVERSE, &s->flow, &s->to))
 		return OUT_PASS_NO_MAPPING;
+	if (endpoint_is(&s->to, &s->quote.src, s->quote.sport))
+		return OUT_PASS_HOST; /* the node's own, under its own port */
 	if (quote_rewrite(skb, pkt, &s->quote, SOURCE, &s->to))
 		return OUT_DROP_REWRITE;
 	if (!is_ipv4(pkt) &&
@@ -56,7 +58,8 @@ static __always_inline enum outcome ingress(struct __sk_buff *skb, struct scratc
 	if (pkt->kind == KIND_ERROR)
 		return ingress_error(skb, s);
 	tuple_arriving(&s->flow, pkt);
-	f = flow_find(REVERSE, &s->flow, &s->to);
+	/* A query never answers: with identifier 0 it would look like a reply. */
+	f = pkt->kind == KIND_QUERY ? NULL : flow_find(REVERSE, &s->flow, &s->to);
 	if (f)
 		return ingress_known(skb, s, f);
 	out = inbound_arrives(&s->flow, pkt);
