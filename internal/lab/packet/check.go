@@ -22,18 +22,9 @@ type header struct {
 // Check verifies every checksum of a packet: IP header, transport, and those of
 // the packet that an ICMP error quotes, as far as the quote goes.
 func Check(link Link, b []byte) error {
-	h, err := read(b[link.Size():])
-	if err != nil || h.fragment {
+	h, err := checkOuter(link, b)
+	if err != nil || h.fragment || !h.isError() {
 		return err
-	}
-	if h.short {
-		return fmt.Errorf("shorter than its header says")
-	}
-	if err := h.checkTransport(); err != nil {
-		return err
-	}
-	if !h.isError() {
-		return nil
 	}
 	quote, err := read(h.body[8:])
 	if err != nil {
@@ -46,6 +37,23 @@ func Check(link Link, b []byte) error {
 		return fmt.Errorf("quoted packet: %w", err)
 	}
 	return nil
+}
+
+// CheckOuter is Check without the packet that an ICMP error quotes.
+func CheckOuter(link Link, b []byte) error {
+	_, err := checkOuter(link, b)
+	return err
+}
+
+func checkOuter(link Link, b []byte) (header, error) {
+	h, err := read(b[link.Size():])
+	switch {
+	case err != nil || h.fragment:
+		return h, err
+	case h.short:
+		return h, fmt.Errorf("shorter than its header says")
+	}
+	return h, h.checkTransport()
 }
 
 func (h header) isError() bool {
@@ -122,10 +130,13 @@ func readIPv6(b []byte) (h header, err error) {
 	h.src, h.dst = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
 	h.short = total > len(b)
 	h.proto, h.body = b[6], b[40:min(total, len(b))]
-	for {
-		if len(h.body) < 8 {
-			return h, nil
-		}
+	return h, h.walk()
+}
+
+// walk goes through the IPv6 extension headers to the transport header, or to the
+// data of a fragment.
+func (h *header) walk() error {
+	for !h.fragment && len(h.body) >= 8 {
 		size := 8 + int(h.body[1])*8
 		switch h.proto {
 		case HopByHop, Routing, Destination:
@@ -138,14 +149,12 @@ func readIPv6(b []byte) (h header, err error) {
 			h.fragment = h.more || h.offset > 0
 			h.id = binary.BigEndian.Uint32(h.body[4:])
 		default:
-			return h, nil
+			return nil
 		}
 		if size > len(h.body) {
-			return h, fmt.Errorf("extension header %d: %d of %d bytes", h.proto, len(h.body), size)
+			return fmt.Errorf("extension header %d: %d of %d bytes", h.proto, len(h.body), size)
 		}
 		h.proto, h.body = h.body[0], h.body[size:]
-		if h.offset > 0 {
-			return h, nil // data of a later fragment
-		}
 	}
+	return nil
 }

@@ -74,6 +74,11 @@ func Reassemble(link Link, pieces [][]byte) ([]byte, error) {
 	if !complete {
 		return nil, fmt.Errorf("the last fragment is missing")
 	}
-	whole.body = body
-	return body, whole.checkTransport()
+	whole.body, whole.fragment = body, false
+	if whole.src.Is6() {
+		if err := whole.walk(); err != nil {
+			return nil, err
+		}
+	}
+	return whole.body, whole.checkTransport()
 }
