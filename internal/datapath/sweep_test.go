@@ -194,11 +194,24 @@ func (b *bench) checkStates(n int, state string) {
 	})
 }
 
-// Short timers expire by the clock alone, which is the monotonic one: no step of
-// the wall clock reaches the stamps.
-func TestSweepClock(t *testing.T) {
+// The stories below share a data plane: to load it takes longer than to tell them.
+func TestSweep(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, labtest.NewNS(t), Options{})
+	for name, story := range map[string]func(*testing.T, *bench){
+		"clock": sweepClock, "orphans": sweepOrphans, "vanished address": sweepVanishedAddress, "while flows go on": sweepWhileFlowsGoOn,
+	} {
+		t.Run(name, func(t *testing.T) {
+			b.t = t
+			b.forgetFlows()
+			story(t, b)
+		})
+	}
+}
+
+// Short timers expire by the clock alone, which is the monotonic one: no step of
+// the wall clock reaches the stamps.
+func sweepClock(t *testing.T, b *bench) {
 	in := loopPolicy(ports(40000, 10))
 	in.Timeouts.UDP = time.Second
 	b.apply(in)
@@ -224,9 +237,7 @@ func TestSweepClock(t *testing.T) {
 
 // An entry without its other half ends within a sweep, once it is old enough to
 // be no half-made mapping; its flow is never without a port because of it.
-func TestSweepOrphans(t *testing.T) {
-	t.Parallel()
-	b := newBench(t, labtest.NewNS(t), Options{})
+func sweepOrphans(t *testing.T, b *bench) {
 	b.apply(loopPolicy(ports(40000, 1)))
 	b.open1(t, tcpFlow, 1)
 	forward, _ := b.entries()
@@ -251,9 +262,7 @@ func TestSweepOrphans(t *testing.T) {
 
 // Mappings whose external address has left the node end in one sweep, however
 // many they are; others stay.
-func TestSweepVanishedAddress(t *testing.T) {
-	t.Parallel()
-	b := newBench(t, labtest.NewNS(t), Options{})
+func sweepVanishedAddress(t *testing.T, b *bench) {
 	in := loopPolicy(ports(40000, 1000))
 	b.apply(in)
 	b.open1(t, tcpFlow, 300)
@@ -294,9 +303,7 @@ func TestSweepPressure(t *testing.T) {
 
 // While the reaper takes mappings away by force, flows go on using them and open
 // them again: afterwards no two flows share an external tuple.
-func TestSweepWhileFlowsGoOn(t *testing.T) {
-	t.Parallel()
-	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 64})
+func sweepWhileFlowsGoOn(t *testing.T, b *bench) {
 	pool := ports(40000, 4)
 	b.apply(loopPolicy(pool))
 	progs := b.programs()
@@ -311,7 +318,7 @@ func TestSweepWhileFlowsGoOn(t *testing.T) {
 			return nil
 		}
 		defer running.Add(-1)
-		for i := range 3000 {
+		for i := range 2000 {
 			if _, _, err := progs.send(tcpFlow((i + thread) % 6)); err != nil {
 				return err
 			}

@@ -43,7 +43,7 @@ func bpfDescriptors() int {
 // bench is a data plane in a network namespace of a test.
 type bench struct {
 	*Datapath
-	t   testing.TB
+	t   testing.TB // the subtest at work
 	ns  *lab.NS
 	opt Options
 }

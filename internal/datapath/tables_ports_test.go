@@ -113,8 +113,8 @@ func (b *bench) forgetFlows() {
 func TestPortsManyThreads(t *testing.T) {
 	t.Parallel()
 	const threads, flows, rounds = 8, 6, 40
+	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 64})
 	for size := 1; size <= 4; size++ {
-		b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 64})
 		pool := ports(40000, size)
 		b.apply(loopPolicy(pool))
 		progs := b.programs()
@@ -159,7 +159,6 @@ func TestPortsManyThreads(t *testing.T) {
 			}
 			b.forgetFlows()
 		}
-		b.close()
 	}
 }
 
@@ -189,8 +188,8 @@ func parallel(t testing.TB, b *bench, n int, f func(thread int) error) {
 // A pool of up to 2048 ports can be handed out completely towards one remote.
 func TestPortsSmallPoolsCompletely(t *testing.T) {
 	t.Parallel()
+	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 4096})
 	for i, flow := range []func(int) packet.Packet{tcpFlow, tcpFlow6} {
-		b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 4096})
 		for _, size := range []int{1, 2, 3, 1000, 2047, 2048} {
 			pool := ports(40000, size)
 			b.apply(loopPolicy(pool))
