@@ -1,0 +1,329 @@
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/lab/packet"
+)
+
+// loadTime is how long the leak test runs: longer where nobody waits for it.
+func loadTime() time.Duration {
+	if os.Getenv("CI") != "" || os.Getenv("BAUTA_LONG") != "" {
+		return time.Minute
+	}
+	return 15 * time.Second
+}
+
+// rawSender sends packets that a test has built, of both families.
+type rawSender struct{ v4, v6 int }
+
+func newRawSender(t *testing.T, ns *lab.NS) *rawSender {
+	t.Helper()
+	s := &rawSender{-1, -1}
+	err := ns.Do(func() (err error) {
+		if s.v4, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW); err != nil {
+			return err
+		}
+		s.v6, err = unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		return errors.Join(err, unix.SetsockoptInt(s.v6, unix.IPPROTO_IPV6, unix.IPV6_HDRINCL, 1))
+	})
+	if err != nil {
+		t.Fatalf("raw socket: %v", err)
+	}
+	t.Cleanup(func() {
+		unix.Close(s.v4)
+		unix.Close(s.v6)
+	})
+	return s
+}
+
+func (s *rawSender) send(b []byte) error {
+	if b[0]>>4 == 4 {
+		return unix.Sendto(s.v4, b, 0, &unix.SockaddrInet4{Addr: [4]byte(b[16:20])})
+	}
+	return unix.Sendto(s.v6, b, 0, &unix.SockaddrInet6{Addr: [16]byte(b[24:40])})
+}
+
+// strays are packets that belong to no connection. The first list holds those
+// that open nothing, so each of them has to be dropped; the others may open a
+// mapping or be dropped, whatever they are.
+func strays(rng *rand.Rand, src, dst netip.Addr, dstPort uint16) (dead, rest [][]byte) {
+	base := packet.Packet{
+		Link: packet.Raw, Src: src, Dst: dst, Proto: packet.TCP, DstPort: dstPort,
+		Seq: rng.Uint32(), Ack: rng.Uint32(), ID: rng.Uint32() & 0xffff, Payload: []byte("stray"),
+	}
+	with := func(change func(*packet.Packet)) packet.Packet {
+		p := base
+		p.SrcPort = uint16(40000 + rng.IntN(20000))
+		change(&p)
+		return p
+	}
+	for _, flags := range []uint8{packet.FIN | packet.ACK, packet.FIN, packet.RST, packet.RST | packet.ACK, packet.SYN | packet.ACK} {
+		dead = append(dead, with(func(p *packet.Packet) {
+			p.Flags, p.SrcPort = flags, uint16(1024+rng.IntN(20000))
+		}).Build())
+	}
+	for _, flags := range []uint8{0, packet.ACK, packet.ACK | packet.PSH, packet.SYN | packet.FIN, packet.SYN | packet.RST, 0xff} {
+		rest = append(rest, with(func(p *packet.Packet) { p.Flags = flags }).Build())
+	}
+	for _, proto := range []uint8{packet.GRE, packet.ESP, packet.AH, packet.SCTP, packet.UDPLite, 4, 41, 253} {
+		rest = append(rest, with(func(p *packet.Packet) { p.Proto = proto }).Build())
+	}
+	icmp, echo, unreachable := uint8(packet.ICMP), uint8(8), uint8(3)
+	if src.Is6() {
+		icmp, echo, unreachable = packet.ICMPv6, 128, 1
+	}
+	for _, typ := range []uint8{echo, echo ^ 8, 129, 13, 17, 42, 200} {
+		rest = append(rest, with(func(p *packet.Packet) { p.Proto, p.Type, p.Ident = icmp, typ, p.SrcPort }).Build())
+	}
+	// Errors about packets that never were, and about one that makes no sense.
+	asked := with(func(p *packet.Packet) { p.Proto = packet.UDP }).Reply()
+	rest = append(rest, asked.Error(src, unreachable, 0, 8).Build(), asked.Error(src, unreachable, 4, -1).Build(),
+		with(func(p *packet.Packet) { p.Proto, p.Type, p.Payload = icmp, unreachable, []byte{0x45} }).Build())
+	// Fragments: all but the first, the first alone, reversed.
+	large := with(func(p *packet.Packet) { p.Proto, p.Payload = packet.UDP, make([]byte, 3000) })
+	rest = append(rest, large.Fragments(1000)[1:]...)
+	large.ID++
+	rest = append(rest, large.Fragments(1000)[0])
+	large.ID, large.Proto, large.Type = large.ID+1, icmp, echo
+	pieces := large.Fragments(1000)
+	slices.Reverse(pieces)
+	rest = append(rest, pieces...)
+	// Options and extension headers, and packets that end too early.
+	rest = append(rest, with(func(p *packet.Packet) {
+		p.Proto, p.Options = packet.UDP, []byte{1, 1, 1, 1}
+		if src.Is6() {
+			p.Extensions = []packet.Extension{{Proto: packet.Destination, Body: make([]byte, 6)}, {Proto: packet.Fragment}}
+		}
+	}).Build())
+	for _, cut := range []int{0, 3, 9} {
+		p := with(func(p *packet.Packet) { p.Flags = packet.ACK })
+		b := p.Build()[:p.HeaderSize()+cut]
+		if src.Is6() {
+			b[4], b[5] = 0, byte(cut) // of IPv4 the kernel corrects the length
+		}
+		rest = append(rest, b)
+	}
+	return dead, rest
+}
+
+// load counts what its workers did.
+type load struct {
+	ctx   context.Context
+	group sync.WaitGroup
+	mu    sync.Mutex
+	done  map[string]int
+	errs  []error
+}
+
+// work repeats f until the time is over.
+func (l *load) work(name string, every time.Duration, f func() error) {
+	l.group.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for l.ctx.Err() == nil {
+			err := f()
+			if l.ctx.Err() == nil {
+				l.note(name, err)
+			}
+			select {
+			case <-l.ctx.Done():
+			case <-tick.C:
+			}
+		}
+	})
+}
+
+func (l *load) note(name string, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil {
+		l.errs = append(l.errs, fmt.Errorf("%s: %w", name, err))
+		return
+	}
+	l.done[name]++
+}
+
+// Nothing that a pod sends, and nothing that happens to the agent, makes a packet
+// leave with the pod's address, but towards an excluded destination.
+func TestNoLeak(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, lab.Options{Pods: 2, WorldKnowsPods: true})
+	rng := labtest.Rand(t)
+	list := n.writeList("10.0.0.0/8", n.Excluded.V4.String()+"/32", n.Excluded.V6.String()+"/128")
+	n.start(podCIDRs, "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+list)
+	wire := n.watchWire(append(n.Excluded.All(), n.Excluded10)...)
+	excluded := wire.capture.Count(func(p lab.Packet) bool {
+		f, ok := lab.ParseFrame(p.Data)
+		return ok && p.Outgoing && isPod(f.Src)
+	})
+	bare := wire.capture.Count(func(p lab.Packet) bool {
+		f, ok := lab.ParseFrame(p.Data)
+		return ok && p.Outgoing && f.Proto == packet.GRE && f.Src == n.NodeAddr.Of(f.Src)
+	})
+
+	ctx, cancel := context.WithTimeout(t.Context(), loadTime())
+	defer cancel()
+	l := &load{ctx: ctx, done: make(map[string]int)}
+	var dead atomic.Int64
+	for _, dst := range n.WorldAddr.All() {
+		n.startLoad(t, l, dst)
+		seed := rng.Uint64()
+		n.startStrays(t, l, dst, rand.New(rand.NewPCG(seed, 1)), &dead)
+	}
+	// The agent dies and comes back all the time, by turns on either hook.
+	for restarts := 0; ctx.Err() == nil; restarts++ {
+		n.kill()
+		l.note("kill", nil)
+		n.noTCX = !n.noTCX
+		n.start(n.agent.args...)
+	}
+	l.group.Wait()
+
+	wire.check(t)
+	if len(l.errs) > 0 {
+		t.Errorf("%d failures among %v; the first: %v", len(l.errs), l.done, errors.Join(l.errs[:min(5, len(l.errs))]...))
+	}
+	for _, name := range slices.Sorted(maps.Keys(l.done)) {
+		least := int(loadTime()/time.Second) * 5
+		if name == "kill" {
+			least = 2
+		}
+		if l.done[name] < least {
+			t.Errorf("%s: %d times, want at least %d for the test to prove something", name, l.done[name], least)
+		}
+	}
+	if excluded.N() == 0 || bare.N() == 0 {
+		t.Errorf("the wire saw %d packets to excluded destinations and %d translated GRE packets", excluded.N(), bare.N())
+	}
+	drops, counts := n.status().Drops, n.counts()
+	t.Logf("load %v, counts %v, %d packets that must be dropped", l.done, counts, dead.Load())
+	// The kernel may have dropped some of them before us.
+	if int64(drops["drop-stray"]) < dead.Load()*9/10 {
+		t.Errorf("drop-stray counts %d, sent were %d", drops["drop-stray"], dead.Load())
+	}
+	if drops["drop-fragment"] == 0 || counts["masq-new"] == 0 || counts["masq-known"] == 0 || counts["pass-nonmasq"] == 0 {
+		t.Errorf("counts: %v", counts)
+	}
+}
+
+// startLoad starts what well-behaved pods do, and what hurried ones do.
+func (n *node) startLoad(t *testing.T, l *load, dst netip.Addr) {
+	t.Helper()
+	const every = 15 * time.Millisecond
+	pod, fam := n.Pods[0], " "+family(dst)
+	want := n.NodeAddr.Of(dst)
+	tcp, rst := server(t, lab.EchoTCP, n.World, anyPort(dst)), server(t, lab.EchoTCP, n.World, anyPort(dst))
+	udp := server(t, lab.EchoUDP, n.World, anyPort(dst))
+	notMasqueraded := server(t, lab.EchoTCP, n.World, anyPort(n.Excluded.Of(dst)))
+	late := newRawSender(t, pod)
+	// Not the test's context: it would cut the last ones short.
+	limit := func() (context.Context, context.CancelFunc) { return context.WithTimeout(t.Context(), 20*time.Second) }
+	ask := func(server netip.AddrPort, want netip.Addr, end func(local netip.AddrPort, reset func()) error) error {
+		ctx, cancel := limit()
+		defer cancel()
+		seen, c, err := lab.AskTCP(ctx, pod, netip.AddrPort{}, server)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if seen.Addr() != want {
+			return fmt.Errorf("seen as %s", seen)
+		}
+		if err := exchange(c); err != nil {
+			return err
+		}
+		local := netip.MustParseAddrPort(c.LocalAddr().String())
+		return end(local, func() { c.SetLinger(0) })
+	}
+	afterwards := func(local netip.AddrPort, server netip.AddrPort, flags ...uint8) error {
+		for _, f := range flags {
+			p := packet.Packet{Link: packet.Raw, Src: local.Addr(), Dst: server.Addr(), Proto: packet.TCP,
+				SrcPort: local.Port(), DstPort: server.Port(), Flags: f, Seq: 1, Ack: 1}
+			if err := late.send(p.Build()); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	l.work("tcp"+fam, every, func() error {
+		return ask(tcp, want, func(netip.AddrPort, func()) error { return nil })
+	})
+	l.work("rst"+fam, every, func() error {
+		var old netip.AddrPort
+		err := ask(rst, want, func(local netip.AddrPort, reset func()) error {
+			old = local
+			reset()
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return afterwards(old, rst, packet.FIN|packet.ACK, packet.ACK, packet.RST, packet.SYN|packet.ACK)
+	})
+	l.work("excluded"+fam, every, func() error {
+		return ask(notMasqueraded, n.PodAddrs[0].Of(dst), func(netip.AddrPort, func()) error { return nil })
+	})
+	l.work("udp"+fam, every, func() error {
+		ctx, cancel := limit()
+		defer cancel()
+		seen, err := lab.AskUDP(ctx, pod, netip.AddrPort{}, udp, make([]byte, 2000))
+		if err == nil && seen.Addr() != want {
+			err = fmt.Errorf("seen as %s", seen)
+		}
+		return err
+	})
+	var id atomic.Uint32
+	l.work("icmp"+fam, every, func() error {
+		ctx, cancel := limit()
+		defer cancel()
+		err := errors.New("no answer")
+		for range 5 { // an echo request is not repeated by itself
+			one, cancel := context.WithTimeout(ctx, 3*time.Second)
+			_, err = lab.Ping(one, pod, dst, uint16(id.Add(1)), 1, 100)
+			cancel()
+			if err == nil {
+				break
+			}
+		}
+		return err
+	})
+}
+
+// startStrays starts what no pod should send.
+func (n *node) startStrays(t *testing.T, l *load, dst netip.Addr, rng *rand.Rand, dead *atomic.Int64) {
+	t.Helper()
+	raw := newRawSender(t, n.Pods[1])
+	at := server(t, lab.EchoTCP, n.World, anyPort(dst)) // some meet a server, some do not
+	l.work("strays "+family(dst), 50*time.Millisecond, func() error {
+		port := at.Port()
+		if rng.IntN(2) == 0 {
+			port = 9
+		}
+		must, rest := strays(rng, n.PodAddrs[1].Of(dst), dst, port)
+		for i, b := range append(must, rest...) {
+			if err := raw.send(b); err != nil {
+				return fmt.Errorf("packet %d (% x...): %w", i, b[:min(len(b), 48)], err)
+			}
+			if i < len(must) {
+				dead.Add(1)
+			}
+		}
+		return nil
+	})
+}
