@@ -112,11 +112,17 @@ func (w *uplink) leaks() *lab.Counter {
 // state is the status, asked for without a process.
 func (n *node) state() agent.Status {
 	n.t.Helper()
-	st, err := agent.ReadStatus(n.bpfRoot, n.runDir)
-	if err != nil {
-		n.t.Fatal(err)
-	}
+	st, err := n.readStatus()
+	must(n.t, err)
 	return st
+}
+
+func (n *node) readStatus() (st agent.Status, err error) {
+	err = n.Node.Do(func() error { // with the agent down the devices are looked up
+		st, err = agent.ReadStatus(n.bpfRoot, n.runDir)
+		return err
+	})
+	return st, err
 }
 
 // await waits until the status is as expected.
@@ -124,7 +130,7 @@ func (n *node) await(what string, ok func(agent.Status) bool) agent.Status {
 	n.t.Helper()
 	var st agent.Status
 	labtest.Eventually(n.t, patience, func() (err error) {
-		if st, err = agent.ReadStatus(n.bpfRoot, n.runDir); err != nil {
+		if st, err = n.readStatus(); err != nil {
 			return err
 		}
 		if !ok(st) {
