@@ -8,7 +8,6 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/lab"
 )
@@ -67,4 +66,13 @@ func foreignProgram(t testing.TB) *ebpf.Program {
 	return p
 }
 
-var _ = unix.ETH_P_ALL
+// delFilters removes our filters of one direction, as somebody else would.
+func delFilters(index int, dir direction) error {
+	own, err := ownFilters(index, dir)
+	for _, f := range own {
+		if err := netlink.FilterDel(f); err != nil {
+			return err
+		}
+	}
+	return err
+}

@@ -94,4 +94,3 @@ func remove(t testing.TB, ns *lab.NS, root string) []string {
 	}
 	return removed
 }
-

@@ -118,11 +118,11 @@ func Remove(root string) (removed []string, err error) {
 	if err != nil {
 		return removed, err
 	}
-	// Links first: with the last reference of a pinned link its program is off the device.
+	// Links first, so that no program runs without what it needs.
 	slices.SortStableFunc(names, func(a, b string) int { return pinRank(a) - pinRank(b) })
 	for _, name := range names {
-		if err := os.Remove(filepath.Join(root, name)); err != nil {
-			return removed, fmt.Errorf("remove pin: %w", err)
+		if err := removePin(filepath.Join(root, name)); err != nil {
+			return removed, err
 		}
 		removed = append(removed, name)
 	}
@@ -134,6 +134,21 @@ func Remove(root string) (removed []string, err error) {
 	default:
 		return removed, fmt.Errorf("remove %s: %w", root, err)
 	}
+}
+
+// removePin removes a pin; a link is detached before, since the kernel would do it
+// only some time later.
+func removePin(path string) error {
+	if _, _, ok := parsePinLink(filepath.Base(path)); ok {
+		if l, err := link.LoadPinnedLink(path, nil); err == nil {
+			l.Detach() // an error: the device is gone
+			l.Close()
+		}
+	}
+	if err := os.Remove(path); err != nil {
+		return fmt.Errorf("remove pin: %w", err)
+	}
+	return nil
 }
 
 func pinRank(name string) int {

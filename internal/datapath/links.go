@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -70,13 +72,17 @@ func (d *Datapath) attachLink(a *attachment, dir direction, prog *ebpf.Program) 
 }
 
 // dropLinks detaches the links of a, the egress program first to leave as it came.
+// The kernel would do it when the last reference is gone, but some time later.
 func (d *Datapath) dropLinks(a *attachment) {
 	for _, dir := range [...]direction{egress, ingress} {
-		os.Remove(filepath.Join(d.opt.Root, pinLink(dir, a.index)))
 		if a.links[dir] != nil {
+			if err := a.links[dir].Detach(); err != nil {
+				d.opt.Log.Debug("detach", "device", a.name, "direction", dir.String(), "error", err) // the device is gone
+			}
 			a.links[dir].Close()
 			a.links[dir] = nil
 		}
+		os.Remove(filepath.Join(d.opt.Root, pinLink(dir, a.index)))
 	}
 }
 
@@ -116,7 +122,20 @@ func (d *Datapath) takeOver() error {
 			return err
 		}
 	}
-	return nil
+	return d.removeMarks()
+}
+
+// removeMarks forgets qdiscs that are no longer ours: their device is gone.
+func (d *Datapath) removeMarks() error {
+	names, err := pinNames(d.opt.Root)
+	for _, name := range names {
+		number, ok := strings.CutPrefix(name, markPrefix)
+		index, _ := strconv.Atoi(number)
+		if a := d.attached[index]; ok && (a == nil || !a.filters) {
+			removeMark(d.opt.Root, index)
+		}
+	}
+	return err
 }
 
 func (d *Datapath) replacePrograms(a *attachment) error {
