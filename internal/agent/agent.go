@@ -14,6 +14,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"slices"
@@ -67,7 +68,13 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if err := supported(cfg); err != nil {
 		return err
 	}
+	if _, err := os.Stat(runDir); errors.Is(err, fs.ErrNotExist) {
+		defer os.Remove(runDir) // if it is empty: what is refused leaves nothing behind
+	}
 	if err := prepareRunDir(runDir); err != nil {
+		return err
+	}
+	if err := vacant(runDir); err != nil {
 		return err
 	}
 	kernel, err := datapath.Open(datapath.Options{

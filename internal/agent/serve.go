@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -43,25 +45,43 @@ func prepareRunDir(dir string) error {
 	return nil
 }
 
+// vacant refuses a run directory in which no socket can be made: that of another
+// agent, or one that can't be written. It is asked before a data plane is made, so
+// that what is refused leaves nothing behind.
+func vacant(runDir string) error {
+	path := filepath.Join(runDir, socketName)
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("socket %s: something else is there", path)
+	}
+	conn, err := net.DialTimeout("unix", path, dialTimeout)
+	switch {
+	case err == nil:
+		conn.Close()
+		return &Error{fmt.Errorf("socket %s: another agent is running", path),
+			[]string{"stop it first, or give this one a --bpf-root and --run-dir of its own"}}
+	case errors.Is(err, syscall.EINVAL):
+		return &Error{fmt.Errorf("socket %s: the path is too long", path), []string{"give --run-dir a path of at most 90 letters"}}
+	}
+	if err := unix.Access(runDir, unix.W_OK|unix.X_OK); err != nil {
+		return fmt.Errorf("run-dir %s: %w", runDir, err)
+	}
+	return nil
+}
+
 // listen makes the socket. It is born under another name and renamed, so that it
 // never stands there with a mode that lets others in, and replaces a stale one.
 func listen(runDir string) (net.Listener, error) {
+	if err := vacant(runDir); err != nil {
+		return nil, err
+	}
 	path := filepath.Join(runDir, socketName)
-	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
-		return nil, fmt.Errorf("socket %s: something else is there", path)
-	}
-	if conn, err := net.DialTimeout("unix", path, dialTimeout); err == nil {
-		conn.Close()
-		return nil, &Error{fmt.Errorf("socket %s: another agent is running", path),
-			[]string{"stop it first, or give this one a --bpf-root and --run-dir of its own"}}
-	}
 	tmp := path + ".new"
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("socket: %w", err)
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
-	if errors.Is(err, syscall.EINVAL) {
-		return nil, &Error{fmt.Errorf("socket %s: %w (the path is too long)", path, err), []string{"give --run-dir a path of at most 90 letters"}}
+	if errors.Is(err, syscall.EINVAL) { // tmp is longer by four letters
+		return nil, &Error{fmt.Errorf("socket %s: the path is too long", path), []string{"give --run-dir a path of at most 90 letters"}}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("socket: %w", err)

@@ -70,7 +70,9 @@ func (a *app) newNATFlush() *cobra.Command {
 		Use:   "flush",
 		Short: "Remove mappings",
 		Long: `Remove the mappings of masqueraded flows, all or those that the filters select.
-Their connections break, unless the next packet can begin a new one, as with UDP.`,
+What they translated goes on with a new mapping if its next packet may begin one,
+such as a datagram or the data of a TCP connection; the remote end of a connection
+that gets another port or address by that resets it.`,
 		Example: `  bauta bpf nat flush --pod 10.0.1.99
   bauta bpf nat flush --proto udp --remote 10.96.0.10:53
   bauta bpf nat flush`,
@@ -88,7 +90,7 @@ Their connections break, unless the next packet can begin a new one, as with UDP
 					}
 					flushed += n
 				}
-				return a.printf("Flushed %d mappings\n", flushed)
+				return a.printf("Flushed %s\n", plural(flushed, "mapping"))
 			})
 		},
 	}
