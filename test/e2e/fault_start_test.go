@@ -149,6 +149,9 @@ func TestRunDir(t *testing.T) {
 	readOnly := func(flag uintptr) { must(t, unix.Mount("", runDir, "", unix.MS_REMOUNT|flag, "mode=0700")) }
 	readOnly(unix.MS_RDONLY)
 	wantError(t, n.second(), 1, runDir, "read-only file system")
+	if _, err := os.Stat(n.bpfRoot); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("data plane of a refused agent: %v", err)
+	}
 
 	readOnly(0)
 	path := n.writeList("10.0.0.0/8")
