@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/internal/lab/packet"
@@ -189,7 +190,15 @@ func TestApplyLargestLists(t *testing.T) {
 			policy.Rule{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 0}), 24)},
 			policy.Rule{Prefix: netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, byte(i >> 8), byte(i)}), 48)})
 	}
-	b.apply(in)
+	p, err := policy.Build(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if err := b.ns.Do(func() error { return b.Apply(context.Background(), p) }); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("applied within %v", time.Since(start))
 	b.inspect(func(in *Inspector) error {
 		got, err := in.Exclusions()
 		if len(got) != 2*65536 {
