@@ -48,9 +48,8 @@ func (f family) quoted() []struct {
 
 // The matrix of ICMP errors in both directions: inner and outer headers and
 // checksums are to the byte what they are when built for the other side.
-func TestProgramErrors(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testErrors(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, q := range f.quoted() {
 			for _, port := range []uint16{keptPort, changedPort} {
@@ -96,9 +95,8 @@ func (r *rig) translateErrors(name string, f family, p, out packet.Packet, e [2]
 }
 
 // Errors do not keep a mapping alive (RFC 5508 REQ-6).
-func TestProgramErrorsDoNotRefresh(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testErrorsDoNotRefresh(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		p := f.udp()
 		out := r.translate(p, policy.MasqNew, f.node)
@@ -120,9 +118,8 @@ func (f family) unreachable(p packet.Packet, src netip.Addr) packet.Packet {
 }
 
 // Errors about flows that nobody knows, and about connections opened from outside.
-func TestProgramErrorsOfOthers(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testErrorsOfOthers(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		p := f.udp()
 		r.expect(egress, f.unreachable(p.Reply(), f.pod), policy.DropStray)

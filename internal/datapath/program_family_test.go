@@ -81,14 +81,6 @@ func eachFamily(t *testing.T, r *rig, f func(*rig, family)) {
 	}
 }
 
-// newFamilyRig is a rig with familyInput in force.
-func newFamilyRig(t testing.TB) *rig {
-	t.Helper()
-	r := newRig(t)
-	r.apply(r.familyInput())
-	return r
-}
-
 // kind is a kind of packet from f.pod to f.remote that opens a mapping.
 type kind struct {
 	name string
@@ -170,3 +162,5 @@ func (f family) kindsOnLinks() []kind {
 	}
 	return out
 }
+
+func prefixOf(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

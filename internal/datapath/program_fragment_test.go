@@ -60,40 +60,41 @@ func (r *rig) reassembled(want packet.Packet, frames [][]byte) {
 }
 
 // Fragments in order, both directions: 3000 bytes of every kind.
-func TestProgramFragments(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testFragments(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, k := range f.large() {
-			for _, port := range []uint16{keptPort, changedPort} {
-				r.clear()
-				p := k.p
-				if p.Port() != 0 {
-					p = p.From(f.pod, port)
+			t.Run(f.name+" "+k.name, func(t *testing.T) {
+				r.on(t).fragments(f, k.p)
+				if k.p.Port() != 0 {
+					r.on(t).fragments(f, k.p.From(f.pod, changedPort))
 				}
-				t.Logf("%s %s from port %d", f.name, k.name, port)
-				got := r.pieces(egress, p.Link, p.Fragments(fragmentSize), policy.MasqNew, policy.MasqFragment)
-				e := r.flows(forwardTable)
-				if len(e) != 1 {
-					r.t.Fatalf("%d flows", len(e))
-				}
-				out := p.From(f.node, e[0].xlate.Port())
-				r.reassembled(out, got)
-				got = r.pieces(ingress, p.Link, out.Reply().Fragments(fragmentSize), policy.MasqKnown, policy.MasqFragment)
-				r.reassembled(p.Reply(), got)
-				// Another datagram of the same flow.
-				p.ID, out.ID = 0x4321, 0x4321
-				got = r.pieces(egress, p.Link, p.Fragments(fragmentSize), policy.MasqKnown, policy.MasqFragment)
-				r.reassembled(out, got)
-			}
+			})
 		}
 	})
 }
 
+func (r *rig) fragments(f family, p packet.Packet) {
+	r.t.Helper()
+	r.clear()
+	got := r.pieces(egress, p.Link, p.Fragments(fragmentSize), policy.MasqNew, policy.MasqFragment)
+	e := r.flows(forwardTable)
+	if len(e) != 1 {
+		r.t.Fatalf("%d flows", len(e))
+	}
+	out := p.From(f.node, e[0].xlate.Port())
+	r.reassembled(out, got)
+	got = r.pieces(ingress, p.Link, out.Reply().Fragments(fragmentSize), policy.MasqKnown, policy.MasqFragment)
+	r.reassembled(p.Reply(), got)
+	// Another datagram of the same flow.
+	p.ID, out.ID = 0x4321, 0x4321
+	got = r.pieces(egress, p.Link, p.Fragments(fragmentSize), policy.MasqKnown, policy.MasqFragment)
+	r.reassembled(out, got)
+}
+
 // What fragments get that nobody has announced, or that hide their ports.
-func TestProgramFragmentsAlone(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testFragmentsAlone(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		udp, tcp := f.udp(), f.tcp(packet.SYN)
 		udp.Payload = make([]byte, 3000)
@@ -136,9 +137,8 @@ func TestProgramFragmentsAlone(t *testing.T) {
 }
 
 // A note about a first fragment is not for ever.
-func TestProgramFragmentNoteExpires(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testFragmentNoteExpires(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		p := f.udp()
 		p.Payload = make([]byte, 3000)
@@ -156,9 +156,7 @@ func TestProgramFragmentNoteExpires(t *testing.T) {
 }
 
 // Fragments of a connection opened from outside, and of a protocol that passes.
-func TestProgramFragmentsThatPass(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
+func testFragmentsThatPass(t *testing.T, r *rig) {
 	in := r.familyInput()
 	in.UnknownProtocols = policy.UnknownPass
 	r.apply(in)

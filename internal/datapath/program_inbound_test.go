@@ -16,9 +16,8 @@ func (f family) inbound(flags uint8) (open, answer packet.Packet) {
 
 // Line 9: what belongs to a connection opened from outside passes, until the pod
 // opens one of its own on the same tuple.
-func TestProgramInbound(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testInbound(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		syn, answer := f.inbound(packet.SYN)
 		r.expect(egress, answer, policy.DropStray)
@@ -51,9 +50,8 @@ func withFlags(p packet.Packet, flags uint8) packet.Packet {
 
 // Cilium issue 47425: a late packet of the server, after the mapping has died,
 // must not make the pod's next connection on that port an inbound one.
-func TestProgramInboundLatePacket(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testInboundLatePacket(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		syn := f.tcp(packet.SYN)
 		out := r.translate(syn, policy.MasqNew, f.node)
@@ -81,9 +79,8 @@ func TestProgramInboundLatePacket(t *testing.T) {
 
 // In the first minutes after the first attach any arriving TCP packet may belong to
 // a connection that was there before us. A RST opens nothing, and a SYN wins.
-func TestProgramInboundLearning(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testInboundLearning(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		ack, answer := f.inbound(packet.ACK)
 		r.learn(false)
@@ -105,9 +102,8 @@ func TestProgramInboundLearning(t *testing.T) {
 
 // UDP and ICMP of an inbound connection are kept alive by arriving packets only;
 // TCP by both sides. An entry past its timer counts as none.
-func TestProgramInboundExpiry(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testInboundExpiry(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, c := range []struct {
 			name         string
@@ -143,9 +139,8 @@ func TestProgramInboundExpiry(t *testing.T) {
 
 // An entry past its timer is none at ingress too: it does not let a packet open a
 // connection that could not have opened one.
-func TestProgramInboundExpiredArrives(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testInboundExpiredArrives(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		syn, _ := f.inbound(packet.SYN)
 		r.expect(ingress, syn, policy.PassInbound)
@@ -167,9 +162,8 @@ func TestProgramInboundExpiredArrives(t *testing.T) {
 
 // What only makes sense in a connection never opens one, and never leaves with the
 // pod's address.
-func TestProgramStray(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testStray(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, flags := range []uint8{packet.FIN, packet.FIN | packet.ACK, packet.RST, packet.RST | packet.ACK, packet.SYN | packet.ACK, packet.SYN | packet.FIN} {
 			r.expect(egress, f.tcp(flags), policy.DropStray)
@@ -188,9 +182,8 @@ func TestProgramStray(t *testing.T) {
 }
 
 // An echo identifier of zero is one like others, on both sides at once.
-func TestProgramPingIdentifierZero(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testPingIdentifierZero(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		ours := f.ping(0)
 		theirs := f.query(f.ping(0).Reply())

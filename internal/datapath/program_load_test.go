@@ -2,7 +2,10 @@ package datapath
 
 import (
 	"fmt"
+	"os"
 	"reflect"
+	"regexp"
+	"strconv"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -119,5 +122,33 @@ func TestTypesMirror(t *testing.T) {
 		if m.KeySize == 0 || m.ValueSize == 0 {
 			t.Errorf("map %s: key of %d bytes, value of %d", name, m.KeySize, m.ValueSize)
 		}
+	}
+}
+
+// Constants that are in no BTF, because the preprocessor eats them.
+func TestConstantsMirror(t *testing.T) {
+	inC := make(map[string]uint64)
+	for _, file := range []string{"maps.h", "reap.h", "config.h"} {
+		text, err := os.ReadFile("../../bpf/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?m)^#define (\w+) (\w+)`).FindAllStringSubmatch(string(text), -1) {
+			if n, err := strconv.ParseUint(m[2], 0, 64); err == nil {
+				inC[m[1]] = n
+			}
+		}
+	}
+	for name, want := range map[string]uint64{
+		"FLOW_SYN": bitSyn, "FLOW_FIN": bitFin, "FLOW_RST": bitRst, "FLOW_DATA": bitData, "FLOW_HOST": bitHost,
+		"FLOW_OUT": bitOut, "FLOW_OUT_FIN": bitOutFin,
+		"MAP_LAYOUT": mapLayout, "REAP_BATCH": reapBatch, "REAP_START": reapStart,
+	} {
+		if got, ok := inC[name]; !ok || got != want {
+			t.Errorf("%s: %d in C, %d in Go", name, got, want)
+		}
+	}
+	if inC["MAX_CANDIDATES"] < 2048 {
+		t.Error("MAX_CANDIDATES: a pool of 2048 ports must be searched completely (contract 2.3)")
 	}
 }

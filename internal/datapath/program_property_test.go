@@ -35,9 +35,8 @@ func vary(rng *rand.Rand, p packet.Packet) packet.Packet {
 // A masqueraded packet changes its source only, and its checksums as if the packet
 // had been built so; the way back restores the original; what is excluded passes
 // untouched (run checks that of every pass).
-func TestProgramTranslationIsReversible(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testTranslationIsReversible(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	rng := labtest.Rand(t)
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, k := range f.kindsOnLinks() {
@@ -70,9 +69,8 @@ func arrives(p packet.Packet) policy.Outcome {
 }
 
 // A checksum that becomes zero is where the protocols differ.
-func TestProgramChecksumZero(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testChecksumZero(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, proto := range []uint8{packet.TCP, packet.UDP, packet.UDPLite} {
 			p := f.tcp(packet.ACK)
@@ -111,10 +109,8 @@ func TestProgramChecksumZero(t *testing.T) {
 }
 
 // Random packets and policies: the programs say what policy.Decide says.
-func TestProgramAgreesWithDecide(t *testing.T) {
-	t.Parallel()
-	const policies, packets = 60, 60
-	r := newRig(t)
+func testAgreesWithDecide(t *testing.T, r *rig) {
+	const policies, packets = 60, 120
 	rng := labtest.Rand(t)
 	seen := make(map[policy.Outcome]int)
 	for range policies {
@@ -130,7 +126,7 @@ func TestProgramAgreesWithDecide(t *testing.T) {
 		}
 		g, err := g.WithDevices(r.device)
 		r.must(err)
-		g.Input.RouteSources = nil // see TestProgramTable
+		g.Input.RouteSources = nil // see testTable
 		p := r.apply(g.Input)
 		for _, c := range g.Cases {
 			r.clear()

@@ -35,6 +35,52 @@ const (
 
 const rigFlows = 256
 
+// TestProgram runs the programs packet by packet. The tests share one data plane,
+// because the verifier takes longer than all of them; each begins without flows.
+func TestProgram(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, *rig)
+	}{
+		{"WithoutPolicy", testWithoutPolicy},
+		{"Table", testTable},
+		{"AgreesWithDecide", testAgreesWithDecide},
+		{"TranslationIsReversible", testTranslationIsReversible},
+		{"ChecksumZero", testChecksumZero},
+		{"Truncated", testTruncated},
+		{"TruncatedErrors", testTruncatedErrors},
+		{"Errors", testErrors},
+		{"ErrorsDoNotRefresh", testErrorsDoNotRefresh},
+		{"ErrorsOfOthers", testErrorsOfOthers},
+		{"Fragments", testFragments},
+		{"FragmentsAlone", testFragmentsAlone},
+		{"FragmentNoteExpires", testFragmentNoteExpires},
+		{"FragmentsThatPass", testFragmentsThatPass},
+		{"Inbound", testInbound},
+		{"InboundLatePacket", testInboundLatePacket},
+		{"InboundLearning", testInboundLearning},
+		{"InboundExpiry", testInboundExpiry},
+		{"InboundExpiredArrives", testInboundExpiredArrives},
+		{"Stray", testStray},
+		{"PingIdentifierZero", testPingIdentifierZero},
+		{"Host", testHost},
+		{"HostCollision", testHostCollision},
+		{"HostClaims", testHostClaims},
+		{"HostSockets", testHostSockets},
+		{"Heals", testHeals},
+		{"LostPort", testLostPort},
+		{"SamePortEverywhere", testSamePortEverywhere},
+		{"KnownFlowOutlivesPolicy", testKnownFlowOutlivesPolicy},
+		{"Reopens", testReopens},
+		{"StackedDevices", testStackedDevices},
+		{"CountsSegments", testCountsSegments},
+	} {
+		t.Run(test.name, func(t *testing.T) { test.run(t, r.on(t)) })
+	}
+}
+
 func newRig(t testing.TB) *rig { return newRigFlows(t, rigFlows) }
 
 func newRigFlows(t testing.TB, flows uint32) *rig {
@@ -76,8 +122,16 @@ func (r *rig) must(err error) {
 	}
 }
 
-// apply puts a policy in force without attaching anything, and forgets all flows.
+// apply puts a policy in force and forgets all flows.
 func (r *rig) apply(in policy.Input) *policy.Policy {
+	r.t.Helper()
+	p := r.reapply(in)
+	r.clear()
+	return p
+}
+
+// reapply puts a policy in force without attaching anything.
+func (r *rig) reapply(in policy.Input) *policy.Policy {
 	r.t.Helper()
 	p, err := policy.Build(in)
 	r.must(err)
@@ -101,7 +155,6 @@ func (r *rig) apply(in policy.Input) *policy.Policy {
 		}
 		r.must(r.d.objs.Devices.Put(uint32(dev.Index), v))
 	}
-	r.clear()
 	return p
 }
 
@@ -110,14 +163,20 @@ func (r *rig) clear() {
 	r.t.Helper()
 	o := &r.d.objs
 	for _, m := range []*ebpf.Map{o.Forward4, o.Forward6, o.Reverse4, o.Reverse6, o.Inbound4, o.Inbound6, o.Fragments} {
-		for {
-			key, err := m.NextKeyBytes(nil)
-			r.must(err)
-			if key == nil {
-				break
-			}
-			r.must(m.Delete(key))
+		r.wipe(m)
+	}
+}
+
+func (r *rig) wipe(m *ebpf.Map) {
+	r.t.Helper()
+	key, err := m.NextKeyBytes(nil)
+	for r.must(err); key != nil; r.must(err) {
+		var next []byte
+		// The next key first: from a deleted one the kernel starts over.
+		if next, err = m.NextKeyBytes(key); err == nil {
+			err = m.Delete(key)
 		}
+		key = next
 	}
 }
 
@@ -165,10 +224,10 @@ type skbContext struct {
 	_              [9]uint32
 	IngressIfindex uint32
 	Ifindex        uint32
-	_              [28]uint32
+	_              [29]uint32
 	WireLen        uint32
 	GSOSegs        uint32
-	_              uint32
+	_              [2]uint32
 	GSOSize        uint32
 	_              [3]uint32
 }
@@ -193,11 +252,11 @@ func (r *rig) run(dir direction, dev string, link packet.Link, frame []byte) res
 
 func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbContext, repeat uint32) result {
 	r.t.Helper()
-	out := make([]byte, len(frame)+64)
-	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx, Repeat: repeat}
 	if dir == ingress {
 		ctx.IngressIfindex = ctx.Ifindex
 	}
+	out := make([]byte, len(frame)+64)
+	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx, Repeat: repeat}
 	var verdict uint32
 	err := r.ns.Do(func() (err error) {
 		verdict, err = r.d.program(dir, link != packet.Raw).Run(&opt)
@@ -257,7 +316,7 @@ func (r *rig) same(want packet.Packet, got []byte) {
 	}
 }
 
-// pass sends a packet that must pass untouched (run checks the bytes), or be dropped.
+// expect sends a packet that must pass untouched (run checks the bytes), or be dropped.
 func (r *rig) expect(dir direction, p packet.Packet, outcome policy.Outcome) {
 	r.t.Helper()
 	if outcome.Verdict() == policy.Masquerade {
@@ -327,14 +386,7 @@ func inboundTable(t flowTables) *ebpf.Map { return t.inbound }
 func (r *rig) drop(pick func(flowTables) *ebpf.Map) {
 	r.t.Helper()
 	for _, t := range r.d.sweeper.tables {
-		for {
-			key, err := pick(t).NextKeyBytes(nil)
-			r.must(err)
-			if key == nil {
-				break
-			}
-			r.must(pick(t).Delete(key))
-		}
+		r.wipe(pick(t))
 	}
 }
 

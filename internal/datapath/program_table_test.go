@@ -88,9 +88,7 @@ func sourceOf(p packet.Packet, frame []byte) netip.Addr {
 }
 
 // Every case of the table that all renderings of a policy share.
-func TestProgramTable(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
+func testTable(t *testing.T, r *rig) {
 	groups, err := policytest.Load()
 	r.must(err)
 	start := time.Now()

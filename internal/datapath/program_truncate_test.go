@@ -27,9 +27,8 @@ func testRunRefuses(frame []byte, n int) bool {
 // Every truncation of every kind of packet ends in one outcome (run checks the
 // counter), and never half written: it passes untouched, or it is what the same
 // truncation of the translated packet is, or it is dropped.
-func TestProgramTruncated(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testTruncated(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, k := range f.kindsOnLinks() {
 			if k.p.Link == packet.VLAN {
@@ -78,9 +77,8 @@ func (r *rig) truncated(name string, res result, want []byte, masq policy.Outcom
 
 // A truncated ICMP error, in both directions: what is there of the quote is
 // translated, and the outer checksum follows exactly what was changed.
-func TestProgramTruncatedErrors(t *testing.T) {
-	t.Parallel()
-	r := newFamilyRig(t)
+func testTruncatedErrors(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, k := range f.kinds() {
 			if k.p.Port() != 0 {
