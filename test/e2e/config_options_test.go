@@ -57,9 +57,6 @@ func TestOptionPrecedence(t *testing.T) {
 	check("10.0.10.0/24", "40000-40010", false)
 	w.want(n.WorldAddr.V4, n.PodAddrs[0].V4) // it is in no source range
 	n.stop()
-	n.start(dir, file)
-	check("10.0.11.0/24", "41000-41010", true)
-	n.stop()
 	n.env = []string{env}
 	n.start(dir, file)
 	check("10.0.11.0/24", "42000-42010", true)

@@ -184,6 +184,20 @@ func (n *node) awaitKernel(want string) time.Duration {
 	return time.Since(start)
 }
 
+// awaitList waits until the list is in the kernel and in the status.
+func (n *node) awaitList(want string) (st agent.Status, took time.Duration) {
+	n.t.Helper()
+	took = n.awaitKernel(want)
+	st = n.await("list", func(st agent.Status) bool {
+		var list []string
+		for _, r := range st.IPMasqAgent.Rules {
+			list = append(list, r.Prefix.String())
+		}
+		return strings.Join(list, " ") == want && len(st.Degraded()) == 0
+	})
+	return st, took
+}
+
 // wantList compares `bpf ipmasq list`, in text and JSON.
 func (n *node) wantList(want string) {
 	n.t.Helper()

@@ -104,14 +104,11 @@ func TestRemoteNodes(t *testing.T) {
 	wantBrief(t, n, "nodes-file", path+":5", "192.0.2.300")
 	up.want(remote.V4, n.NodeAddr.V4) // the last good state
 	n.kill()
-	n.start(n.agent.args...) // and that of the last run
+	n.start(append(n.agent.args, "--remote-node-masquerade=external")...) // and that of the last run
 	n.awaitDegraded("192.0.2.300")
 	up.want(remote.V6, n.PodAddrs[0].V6)
 	n.write("nodes", nodes)
 	n.awaitOK()
-	up.want(remote.V4, n.PodAddrs[0].V4)
-
-	n.restart("--remote-node-masquerade=external")
 	up.want(remote.V4, n.PodAddrs[0].V4)
 	up.want(external, n.NodeAddr.V4)
 	n.restart("--remote-node-masquerade=all")

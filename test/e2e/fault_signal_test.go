@@ -110,15 +110,6 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// The service manager's socket may be away; the agent runs nevertheless.
-func TestNoNotifySocket(t *testing.T) {
-	t.Parallel()
-	n := newNode(t, lab.Options{})
-	n.env = []string{"NOTIFY_SOCKET=" + filepath.Join(n.dir, "none")}
-	n.start(podCIDRs)
-	n.awaitOK()
-}
-
 // Steps of the wall clock do not matter, since no program reads it, or one that
 // counts the time of sleep: those would age mappings by a step.
 func TestProgramsReadMonotonicClock(t *testing.T) {

@@ -29,7 +29,9 @@ func (n *node) second(args ...string) result {
 // Two agents in one place: the second one goes away, and leaves nothing.
 func TestTwoAgents(t *testing.T) {
 	t.Parallel()
-	n := startNode(t, lab.Options{})
+	n := newNode(t, lab.Options{})
+	n.env = []string{"NOTIFY_SOCKET=" + filepath.Join(n.dir, "none")} // no reason not to run
+	n.start(podCIDRs)
 	up := n.tapWorld()
 	root, runDir := n.bpfRoot, n.runDir
 	wantError(t, n.second(), 1, "another agent is running", "hint: --bpf-root", "hint: stop")
@@ -64,15 +66,6 @@ func TestAfterCrash(t *testing.T) {
 	}
 	must(t, os.WriteFile(filepath.Join(n.runDir, ".policy.json.123"), []byte("{"), 0o600))
 	up.want(n.WorldAddr.V4, n.NodeAddr.V4) // the data plane works
-	n.start(podCIDRs)
-	n.awaitOK()
-	n.stop()
-	if _, err := os.Lstat(socket); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the socket after SIGTERM: %v", err)
-	}
-	must(t, os.WriteFile(socket, nil, 0o600))
-	wantError(t, n.second(), 1, socket)
-	must(t, os.Remove(socket))
 
 	// Some pins are gone: a new agent makes it whole again.
 	random := labtest.Rand(t)
@@ -97,6 +90,9 @@ func TestAfterCrash(t *testing.T) {
 		up.want(n.WorldAddr.V6, n.NodeAddr.V6)
 		n.kill()
 	}
+	must(t, os.Remove(socket))
+	must(t, os.WriteFile(socket, nil, 0o600)) // nobody's socket
+	wantError(t, n.second(), 1, socket)
 	n.cli("cleanup")
 	up.want(n.WorldAddr.V4, n.PodAddrs[0].V4)
 }
@@ -112,14 +108,18 @@ func TestOtherOptionsAfterCrash(t *testing.T) {
 		t.Errorf("seen as %s", seen)
 	}
 	n.kill()
-	n.start(podCIDRs, "--devices=eth0", "--snat-port-range=50000-50099")
-	st := n.awaitOK()
+	n.start(podCIDRs, "--devices=eth+,!eth1", "--snat-port-range=50000-50099")
+	st := n.awaitOK() // draining is no defect
 	if !slices.Equal(attached(st), []string{"eth0"}) || len(st.Devices) != 2 || st.Devices[1].State != agent.DeviceDraining {
 		t.Errorf("devices %+v", st.Devices)
+	}
+	if out := n.cli("status"); !strings.Contains(out, "draining") || !strings.Contains(out, "   [eth0]   ") {
+		t.Errorf("status:\n%s", out)
 	}
 	if !answers(conn) {
 		t.Error("the connection on the draining device does not answer")
 	}
+	n.tap(n.World2).want(n.WorldAddr2.V4, n.PodAddrs[0].V4)
 	echo = server(t, lab.EchoTCP, n.World, netip.AddrPortFrom(n.WorldAddr.V4, 8080))
 	if _, seen := n.talk(0, echo, 33333); seen.Port() < 50000 || seen.Port() > 50099 {
 		t.Errorf("a new connection has port %d", seen.Port())

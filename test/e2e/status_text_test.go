@@ -40,8 +40,6 @@ func TestStatusLine(t *testing.T) {
 			"BPF (ip-masq-agent)   [eth0]   - [IPv4: Enabled, IPv6: Enabled]"},
 		{[]string{podCIDRs, "--devices=eth0", "--ipv4-native-routing-cidr=172.16.0.0/12 10.0.0.0/8", "--ipv6-native-routing-cidr=fd00::/16"},
 			"BPF   [eth0]   10.0.0.0/8 172.16.0.0/12 fd00::/16 [IPv4: Enabled, IPv6: Enabled]"},
-		{[]string{podCIDRs, "--devices=eth0", "--enable-ipv4-masquerade=false", "--ipv4-native-routing-cidr=10.0.0.0/8"},
-			"BPF   [eth0]   fd00:1::/64 [IPv4: Disabled, IPv6: Enabled]"},
 	} {
 		n.start(c.args...)
 		want := "Masquerading:   " + c.line
