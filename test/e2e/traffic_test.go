@@ -16,6 +16,7 @@ import (
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/lab/packet"
 )
 
 func within(t testing.TB, d time.Duration) context.Context {
@@ -170,4 +171,48 @@ func exchange(c net.Conn) error {
 		return fmt.Errorf("echo %q", buf)
 	}
 	return nil
+}
+
+// The watch on the wire sees what it is for: without an agent everything leaks.
+func TestWireSeesLeaks(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, lab.Options{})
+	for _, dst := range n.WorldAddr.All() {
+		pod, host := n.PodAddrs[0].Of(dst), n.NodeAddr.Of(dst)
+		asked := packet.Packet{Link: packet.Raw, Src: dst, Dst: pod, Proto: packet.UDP, SrcPort: 53, DstPort: 40000}
+		unreachable := uint8(3)
+		if dst.Is6() {
+			unreachable = 1
+		}
+		for _, c := range []struct {
+			name string
+			from *lab.NS
+			p    packet.Packet
+			want int
+		}{
+			{"a datagram of a pod", n.Pods[0], asked.Reply(), 1},
+			{"an error of the node that quotes one to a pod", n.Node, asked.Error(host, unreachable, 3, -1), 1},
+			{"a datagram of the node", n.Node, asked.Reply().From(host, 40000), 0},
+			{"an error of the node about its own", n.Node, asked.To(host, 40000).Error(host, unreachable, 3, -1), 0},
+		} {
+			wire := n.watchWire()
+			left := wire.capture.Count(func(p lab.Packet) bool {
+				f, ok := lab.ParseFrame(p.Data)
+				return ok && p.Outgoing && f.Dst == dst
+			})
+			if err := newRawSender(t, c.from).send(c.p.Build()); err != nil {
+				t.Fatal(err)
+			}
+			labtest.Eventually(t, 5*time.Second, func() error {
+				if left.N() == 0 {
+					return fmt.Errorf("%s %s: not on the wire", c.name, family(dst))
+				}
+				return nil
+			})
+			if got := wire.leaks.N(); got != c.want {
+				t.Errorf("%s %s: %d leaks, want %d", c.name, family(dst), got, c.want)
+			}
+			wire.capture.Stop()
+		}
+	}
 }
