@@ -101,6 +101,8 @@ func Run(ctx context.Context, opt Options) (err error) {
 	l.systemd = service
 	l.announce()
 
+	log.Info("agent started", "version", opt.Version, "bpf_root", root, "run_dir", runDir)
+
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return l.run(ctx) })
 	group.Go(func() error { return devices.Watch(ctx, devicesLog, l.signals.network.put) })
@@ -123,7 +125,11 @@ func Run(ctx context.Context, opt Options) (err error) {
 		service.stopping()
 		return nil
 	})
-	return group.Wait()
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	log.Info("agent ended, the data plane stays")
+	return nil
 }
 
 // newLoop is the loop of a configuration, not yet connected to a kernel.

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,6 +29,11 @@ func (l *loop) publish() {
 	}
 	v.warnings = l.warnings()
 	before := l.published.Swap(v)
+	for _, w := range v.warnings {
+		if before == nil || !slices.Contains(before.warnings, w) {
+			l.log.Warn(w)
+		}
+	}
 	if text := v.summary(); before == nil || before.summary() != text {
 		l.systemd.status(text)
 	}

@@ -146,7 +146,11 @@ func ipMasqText(s agent.IPMasqStatus) string {
 	if !s.Enabled {
 		return "off"
 	}
-	text := columns(s.Path, "profile "+s.Profile, plural(s.Prefixes, "prefix"), "file: "+cmp.Or(s.State, "unknown"))
+	state := cmp.Or(s.State, "unknown")
+	if s.LastError != "" {
+		state = "rejected"
+	}
+	text := columns(s.Path, "profile "+s.Profile, plural(s.Prefixes, "prefix"), "file: "+state)
 	if s.InForce != "" && s.InForce != agent.FromFile {
 		text += "   in force: " + string(s.InForce)
 	}
@@ -161,7 +165,7 @@ func ipMasqText(s agent.IPMasqStatus) string {
 	if n := len(s.Rules) - maxPrefixLines; n > 0 {
 		more = fmt.Sprintf("  and %d more: bauta bpf ipmasq list", n)
 	}
-	return joinLines(text, table(rows...), more, problemLines(s.LastError, s.Warnings))
+	return joinLines(text, table(rows...), more, problemText(s.LastError))
 }
 
 func nodesText(s agent.NodesStatus) string {
@@ -169,18 +173,15 @@ func nodesText(s agent.NodesStatus) string {
 	if !s.LastReload.IsZero() {
 		text += "   reloaded " + stamp(s.LastReload)
 	}
-	return joinLines(text, problemLines(s.LastError, nil))
+	return joinLines(text, problemText(s.LastError))
 }
 
-func problemLines(lastError string, warnings []string) string {
-	var list []string
-	if lastError != "" {
-		list = append(list, "  rejected: "+oneLine(lastError))
+// problemText is why a file is rejected. Warnings about it are among all others.
+func problemText(lastError string) string {
+	if lastError == "" {
+		return ""
 	}
-	for _, w := range warnings {
-		list = append(list, "  warning: "+oneLine(w))
-	}
-	return strings.Join(list, "\n")
+	return "  rejected: " + oneLine(lastError)
 }
 
 func joinLines(parts ...string) string {
