@@ -81,6 +81,7 @@ type loop struct {
 	attempted time.Time
 	retry     time.Duration // pause after the last error; zero: there was none
 	sweepErr  error
+	warned    []string // that the log has
 
 	published atomic.Pointer[view]
 }

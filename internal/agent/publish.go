@@ -29,11 +29,7 @@ func (l *loop) publish() {
 	}
 	v.warnings = l.warnings()
 	before := l.published.Swap(v)
-	for _, w := range v.warnings {
-		if before == nil || !slices.Contains(before.warnings, w) {
-			l.log.Warn(w)
-		}
-	}
+	l.logWarnings(v.warnings)
 	if text := v.summary(); before == nil || before.summary() != text {
 		l.systemd.status(text)
 	}
@@ -82,6 +78,19 @@ func (l *loop) warnings() []string {
 		list = append(list, l.writeErr.Error())
 	}
 	return list
+}
+
+// logWarnings logs each warning when it comes up.
+func (l *loop) logWarnings(list []string) {
+	if l.attempted.IsZero() {
+		return // the node's devices have not been read yet
+	}
+	for _, w := range list {
+		if !slices.Contains(l.warned, w) {
+			l.log.Warn(w)
+		}
+	}
+	l.warned = list
 }
 
 // configWarnings are known when the options are.
