@@ -56,12 +56,14 @@ static __noinline bool claim_node_owns(struct __sk_buff *skb, const struct tuple
 }
 
 /* Candidate number i; false if the slot holds none. */
-static __always_inline bool claim_candidate(const struct scratch *s, const struct setting *set, __u32 i,
-					    __be16 *port)
+static __always_inline bool claim_candidate(const struct scratch *s, const struct setting *set,
+					    __u32 i, __be16 *port)
 {
 	const struct claim *c = &s->claim;
 	__u32 slot;
 
+	if (i && c->pool == POOL_OWN)
+		return false;
 	if (i == 0) {
 		*port = s->flow.lport;
 		return c->pool != POOL_PORTS || port_in_pool(set, *port);
@@ -73,43 +75,57 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 	return true;
 }
 
-/* Tries candidate i of the claim in the scratch space; 1 ends the search.
- *
- * A global function: the verifier checks it once and not once a candidate. Such a function takes
- * only the context and numbers (before kernel 5.12), so it looks the rest up itself. */
-__noinline int claim_try(struct __sk_buff *skb, __u32 i)
+/* Tries candidate i; true ends the search. */
+static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
+				      const struct setting *set, __u32 i)
 {
-	__u32 zero = 0, generation = 0;
-	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
-	struct setting *set = policy_settings(&generation);
 	struct flow entry = {};
 	__be16 port;
 	long err;
 
-	if (!s || !set)
-		return 1;
 	if (!claim_candidate(s, set, i, &port))
-		return 0;
+		return false;
 	s->reverse.lport = port;
 	if (flow_find(REVERSE, &s->reverse, &s->owner)) {
 		if (!endpoint_is(&s->owner, &s->flow.local, s->flow.lport))
-			return 0;
+			return false;
 		/* Ours: another CPU is ahead with this flow, or its forward half was lost. */
 		s->claim.reused = 1;
 		s->claim.outcome = OUT_CONTINUE;
-		return 1;
+		return true;
 	}
 	/* The own port of a node's flow is held by the very socket that sends. */
 	if (!(s->claim.bits & FLOW_HOST && i == 0) && claim_node_owns(skb, &s->reverse))
-		return 0;
+		return false;
 	entry.seen = entry.created = now_seconds();
 	entry.port = s->flow.lport;
 	entry.bits = s->claim.bits;
 	err = flow_add(REVERSE, &s->reverse, &entry, &s->flow.local);
 	if (err == -EEXIST)
-		return 0;
-	s->claim.outcome = !err ? OUT_CONTINUE : err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
-	return 1;
+		return false;
+	s->claim.outcome = OUT_CONTINUE;
+	if (err)
+		s->claim.outcome = err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
+	return true;
+}
+
+/* Tries CLAIM_CHUNK candidates from first on; 1 ends the search.
+ *
+ * A global function: the verifier checks it once and not at each call. Such a function takes only
+ * the context and numbers (before kernel 5.12), so it looks the rest up itself. */
+__noinline int claim_try(struct __sk_buff *skb, __u32 first)
+{
+	__u32 zero = 0, generation = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	struct setting *set = policy_settings(&generation);
+
+	if (!s || !set)
+		return 1;
+	for (__u32 n = 0; n < CLAIM_CHUNK; n++) {
+		if (claim_one(skb, s, set, first + n))
+			return 1;
+	}
+	return 0;
 }
 
 /* Mixes the inner socket with the node's seed. */
@@ -152,7 +168,7 @@ static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch 
 	s->claim.outcome = pool == POOL_OWN ? OUT_DROP_PROTOCOL : OUT_DROP_NO_PORT;
 	claim_aim(&s->claim, &s->flow, set->ports);
 	/* The own port, and then the slots. */
-	for (int i = 0; i <= MAX_CANDIDATES; i++) {
+	for (int i = 0; i <= MAX_CANDIDATES; i += CLAIM_CHUNK) {
 		if (claim_try(skb, i) || pool == POOL_OWN)
 			break;
 	}

@@ -27,6 +27,10 @@ volatile const __u8 have_csum_ipv6 = 0;
 /* Slots searched for a new mapping after the own port. A pool of up to 2048 ports lies in at most
  * 2048 slots, so it is searched completely; of a larger one at least half the slots hold a port. */
 #define MAX_CANDIDATES 2048
+/* Candidates tried in one call of a function that the verifier checks by itself. */
+#define CLAIM_CHUNK 16
+/* Distinct source addresses of routes. */
+#define ROUTE_SOURCES 256
 /* Records of one run of the reaper. */
 #define REAP_BATCH 64
 /* Seconds an external port may be held by a half-made mapping (a crash between two inserts). */

@@ -40,7 +40,7 @@ static __always_inline bool is_neighbour_discovery(const struct packet *pkt)
 }
 
 static __noinline enum outcome decide(const struct packet *pkt, __u32 generation,
-					   const struct setting *set)
+				      const struct setting *set)
 {
 	struct rule *r;
 

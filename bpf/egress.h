@@ -39,7 +39,8 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 	if (policy_settings(&generation))
 		r = policy_lookup(generation, TRIE_SOURCE, &pkt->src);
 	if (r && r->outcome == OUT_PASS_HOST)
-		return endpoint_is(&s->to, &s->quote.dst, s->quote.dport) ? OUT_PASS_HOST : OUT_MASQ_ERROR;
+		return endpoint_is(&s->to, &s->quote.dst, s->quote.dport) ? OUT_PASS_HOST
+									  : OUT_MASQ_ERROR;
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->src, &s->to.addr)))
 		return OUT_DROP_REWRITE;
@@ -128,7 +129,8 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 	s->reverse.local = s->to.addr;
 	out = claim_port(skb, s, set, egress_pool(pkt), bits);
 	if (out)
-		return pkt->proto == IPPROTO_SCTP && out == OUT_DROP_PROTOCOL ? OUT_DROP_NO_PORT : out;
+		return pkt->proto == IPPROTO_SCTP && out == OUT_DROP_PROTOCOL ? OUT_DROP_NO_PORT
+									      : out;
 
 	s->to.port = s->reverse.lport;
 	entry.seen = entry.created = now_seconds();
@@ -148,6 +150,10 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 		if (!s->claim.reused)
 			flow_delete(REVERSE, &s->reverse);
 		return err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
+	} else if (s->claim.reused && !egress_confirm(s, bits, entry.seen)) {
+		/* The reaper took the reverse half for an orphan meanwhile, and another flow its port. */
+		flow_delete(FORWARD, &s->flow);
+		return OUT_DROP_MAP_ERROR;
 	}
 	if (bits & FLOW_HOST && s->to.port == pkt->sport)
 		return OUT_PASS_HOST;
@@ -171,9 +177,23 @@ static __noinline bool egress_host_claims(struct scratch *s, const struct settin
 	return !is_multicast(&pkt->dst);
 }
 
+/* The address a new mapping gets: the source of the longest route towards the destination, else
+ * the device's. */
+static __always_inline void egress_address(struct scratch *s, const struct device *dev,
+					   const struct setting *set, __u32 generation)
+{
+	struct rule *r = NULL;
+
+	s->to.addr = dev->addr[s->packet.family & 1];
+	if (set->routes)
+		r = policy_lookup(generation, TRIE_ROUTE, &s->packet.dst);
+	if (r && r->source)
+		s->to.addr = set->source[r->source & (ROUTE_SOURCES - 1)];
+}
+
 /* Line 10: may this packet be masqueraded, and with which address? OUT_CONTINUE: do it. */
 static __always_inline enum outcome egress_admit(struct __sk_buff *skb, struct scratch *s,
-						 const struct setting *set)
+						 const struct setting *set, __u32 generation)
 {
 	const struct packet *pkt = &s->packet;
 	__u32 ifindex = skb->ifindex;
@@ -191,7 +211,7 @@ static __always_inline enum outcome egress_admit(struct __sk_buff *skb, struct s
 		return OUT_DROP_PROTOCOL;
 	if (pkt->kind == KIND_CONTROL)
 		return OUT_DROP_PROTOCOL;
-	s->to.addr = dev->addr[pkt->family & 1];
+	egress_address(s, dev, set, generation);
 	return addr_is_zero(&s->to.addr) ? OUT_DROP_NO_ADDRESS : OUT_CONTINUE;
 }
 
@@ -224,7 +244,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 		out = OUT_PASS_INBOUND;
 	}
 	if (!out)
-		out = egress_admit(skb, s, set);
+		out = egress_admit(skb, s, set, generation);
 	if (!bits && out) {
 		/* What passes by more than its addresses says so for its later fragments. */
 		if (pkt->first_fragment && (out == OUT_PASS_INBOUND || out == OUT_PASS_PROTOCOL))

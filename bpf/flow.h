@@ -78,15 +78,15 @@ static __always_inline struct flow *flow_find(enum table table, const struct tup
 		struct flow4 *v;
 
 		tuple_shorten(t, &k);
-		v = table == FORWARD ? bpf_map_lookup_elem(&forward4, &k) :
-				       bpf_map_lookup_elem(&reverse4, &k);
+		v = table == FORWARD ? bpf_map_lookup_elem(&forward4, &k)
+				     : bpf_map_lookup_elem(&reverse4, &k);
 		if (!v)
 			return NULL;
 		addr_from_ipv4(&to->addr, v->addr);
 		f = &v->flow;
 	} else {
-		struct flow6 *v = table == FORWARD ? bpf_map_lookup_elem(&forward6, t) :
-						     bpf_map_lookup_elem(&reverse6, t);
+		struct flow6 *v = table == FORWARD ? bpf_map_lookup_elem(&forward6, t)
+						   : bpf_map_lookup_elem(&reverse6, t);
 
 		if (!v)
 			return NULL;
@@ -100,7 +100,7 @@ static __always_inline struct flow *flow_find(enum table table, const struct tup
 
 /* Inserts an entry for t unless there is one: 0, or -EEXIST, -E2BIG (full), another errno. */
 static __noinline long flow_add(enum table table, const struct tuple *t, struct flow *f,
-				     const struct addr *addr)
+				const struct addr *addr)
 {
 	f->bytes |= flow_tag(t);
 	if (tuple_is_ipv4(t)) {
@@ -108,13 +108,13 @@ static __noinline long flow_add(enum table table, const struct tuple *t, struct 
 		struct tuple4 k;
 
 		tuple_shorten(t, &k);
-		return table == FORWARD ? bpf_map_update_elem(&forward4, &k, &v, BPF_NOEXIST) :
-					  bpf_map_update_elem(&reverse4, &k, &v, BPF_NOEXIST);
+		return table == FORWARD ? bpf_map_update_elem(&forward4, &k, &v, BPF_NOEXIST)
+					: bpf_map_update_elem(&reverse4, &k, &v, BPF_NOEXIST);
 	} else {
 		struct flow6 v = { .flow = *f, .addr = *addr };
 
-		return table == FORWARD ? bpf_map_update_elem(&forward6, t, &v, BPF_NOEXIST) :
-					  bpf_map_update_elem(&reverse6, t, &v, BPF_NOEXIST);
+		return table == FORWARD ? bpf_map_update_elem(&forward6, t, &v, BPF_NOEXIST)
+					: bpf_map_update_elem(&reverse6, t, &v, BPF_NOEXIST);
 	}
 }
 
@@ -165,7 +165,8 @@ static __always_inline void flow_touch(struct flow *f, const struct packet *pkt,
 
 /* Which timer a mapping runs on, from what both directions have seen. Half-closed TCP keeps the
  * long timer; a RST or both FINs start the short one (RFC 7857 section 2). */
-static __always_inline __u32 flow_timer(const struct tuple *t, __u8 forward, __u8 reverse, bool answered)
+static __always_inline __u32 flow_timer(const struct tuple *t, __u8 forward, __u8 reverse,
+					bool answered)
 {
 	switch (t->proto) {
 	case IPPROTO_TCP:

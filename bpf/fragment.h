@@ -24,7 +24,7 @@ static __always_inline void fragment_key(struct datagram *k, const struct packet
 
 /* After the first fragment's verdict; src and dst of pkt are still those of the wire before us. */
 static __noinline void fragment_note(const struct packet *pkt, enum direction direction,
-					  const struct addr *addr, enum outcome out)
+				     const struct addr *addr, enum outcome out)
 {
 	struct fragment v = { .addr = *addr, .seen = now_seconds(), .outcome = out };
 	struct datagram k;
@@ -35,7 +35,7 @@ static __noinline void fragment_note(const struct packet *pkt, enum direction di
 
 /* Does to a later fragment what was done to its first; OUT_CONTINUE if there is no note. */
 static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct packet *pkt,
-						    enum direction direction)
+					       enum direction direction)
 {
 	enum side side = direction == INGRESS ? DESTINATION : SOURCE;
 	struct fragment *v;

@@ -52,7 +52,7 @@ static __always_inline bool inbound_expired(const struct tuple *t, const struct 
 /* Does this leaving packet answer a connection opened from outside? Only TCP refreshes the
  * entry from here: a pod that talks UDP must not keep it alive by itself. */
 static __noinline bool inbound_answers(const struct tuple *t, const struct packet *pkt,
-					    const struct setting *set)
+				       const struct setting *set)
 {
 	struct inbound *in = inbound_find(t);
 	__u32 now;
@@ -77,19 +77,33 @@ static __noinline bool inbound_answers(const struct tuple *t, const struct packe
 	return true;
 }
 
-/* May an arriving packet open a connection to a pod? For some minutes after the first attach
- * any TCP packet may: those connections were there before us. */
-static __always_inline bool inbound_opens(const struct packet *pkt, __u32 now)
+/* For some minutes after the first attach any arriving TCP packet counts as one of a connection
+ * opened from outside: such connections were there before us. A SYN+ACK answers a pod's own. */
+static __always_inline bool inbound_learns(const struct packet *pkt, __u32 now)
 {
 	__u32 zero = 0;
-	struct state *c;
+	struct state *st = bpf_map_lookup_elem(&control, &zero);
 
-	if (pkt->proto != IPPROTO_TCP)
-		return pkt->kind == KIND_QUERY || pkt->kind == KIND_PORTS || pkt->kind == KIND_BARE;
+	return st && (__s32)(st->learn_until - now) > 0 && !(pkt->tcp_flags & TCP_RST) &&
+	       (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) != (TCP_SYN | TCP_ACK);
+}
+
+/* May an arriving packet open a connection to a pod? A SYN and an ICMP query say so themselves.
+ * Others (UDP) may as well be answers to a pod's own flow: while that leaves untranslated for a
+ * reason of lines 1 to 8, no entry is needed, and there must be none when the reason is gone. */
+static __always_inline bool inbound_opens(const struct packet *pkt, const struct setting *set,
+					  __u32 generation, __u32 now)
+{
+	struct rule *r;
+
 	if (is_opening(pkt))
 		return true;
-	c = bpf_map_lookup_elem(&control, &zero);
-	return c && (__s32)(c->learn_until - now) > 0 && !(pkt->tcp_flags & TCP_RST);
+	if (pkt->kind != KIND_PORTS && pkt->kind != KIND_BARE)
+		return false;
+	if (pkt->proto == IPPROTO_TCP && !inbound_learns(pkt, now))
+		return false;
+	r = policy_lookup(generation, TRIE_DESTINATION, &pkt->src);
+	return set->enabled[pkt->family & 1] && !(r && r->outcome);
 }
 
 /* Notes an arriving packet that is no mapping's. */
@@ -115,7 +129,7 @@ static __noinline enum outcome inbound_arrives(const struct tuple *t, const stru
 	in = inbound_find(t);
 	live = in && !inbound_expired(t, in, set, now);
 	/* A live mapping wins: its owner spoke first. A query can't belong to one. */
-	if (!live && (!inbound_opens(pkt, now) ||
+	if (!live && (!inbound_opens(pkt, set, generation, now) ||
 		      (pkt->kind != KIND_QUERY && flow_find(FORWARD, t, &external))))
 		return OUT_PASS_NO_MAPPING;
 	if (in) {

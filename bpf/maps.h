@@ -59,16 +59,18 @@ struct flow6 {
 	struct addr addr;
 };
 
-_Static_assert(sizeof(struct tuple) == 40 && sizeof(struct tuple4) == 16, "keys have no hidden padding");
-_Static_assert(sizeof(struct flow4) == 32 && sizeof(struct flow6) == 40, "bytes per flow: 224 and 288");
+_Static_assert(sizeof(struct tuple) == 40 && sizeof(struct tuple4) == 16,
+	       "keys have no hidden padding");
+_Static_assert(sizeof(struct flow4) == 32 && sizeof(struct flow6) == 40,
+	       "bytes per flow: 224 and 288");
 
-#define FLOW_TABLE(name, key_type, value_type)             \
-	struct {                                           \
-		__uint(type, BPF_MAP_TYPE_HASH);           \
-		__uint(max_entries, DEFAULT_FLOWS);        \
-		__type(key, key_type);                     \
-		__type(value, value_type);                 \
-		__uint(pinning, LIBBPF_PIN_BY_NAME);       \
+#define FLOW_TABLE(name, key_type, value_type)                                                     \
+	struct {                                                                                   \
+		__uint(type, BPF_MAP_TYPE_HASH);                                                   \
+		__uint(max_entries, DEFAULT_FLOWS);                                                \
+		__type(key, key_type);                                                             \
+		__type(value, value_type);                                                         \
+		__uint(pinning, LIBBPF_PIN_BY_NAME);                                               \
 	} name SEC(".maps")
 
 /* Inner socket and remote -> external socket. Written at egress; swept by the agent. Full: new
@@ -124,7 +126,7 @@ struct prefix {
 struct rule {
 	__u8 outcome; /* enum outcome that an address gets whose longest prefix this is */
 	__u8 listed; /* lists that hold exactly this prefix; for readers only */
-	__u16 pad;
+	__u16 source; /* TRIE_ROUTE: index into setting.source, 0 for the device's own address */
 };
 
 struct policy_trie {
@@ -136,7 +138,7 @@ struct policy_trie {
 	__uint(value_size, sizeof(struct rule));
 };
 
-enum trie { TRIE_SOURCE = 0, TRIE_DESTINATION = 1, TRIES = 2 };
+enum trie { TRIE_SOURCE = 0, TRIE_DESTINATION = 1, TRIE_ROUTE = 2, TRIES = 3 };
 
 /* Two generations of the policy's tables. The agent fills the idle one and then flips
  * control.active: a packet reads the number once, so it never sees a mixture. */
@@ -167,7 +169,8 @@ struct setting {
 	__u32 unknown_protocols; /* enum unknown_protocols */
 	__u32 timeout[TIMERS]; /* seconds */
 	__u32 ports; /* in the pool */
-	__u32 pad;
+	__u32 routes; /* in the table of routes with a source; 0: it is not asked */
+	struct addr source[ROUTE_SOURCES]; /* of routes; the first is not used */
 	__u64 in_pool[1024]; /* bit set of the pool */
 	__u16 port[65536]; /* the pool, ascending */
 };

@@ -71,7 +71,8 @@ static __always_inline struct scratch *begin(struct __sk_buff *skb)
 	return s;
 }
 
-static __always_inline enum outcome parse(struct __sk_buff *skb, struct packet *pkt, __u32 link_header)
+static __always_inline enum outcome parse(struct __sk_buff *skb, struct packet *pkt,
+					  __u32 link_header)
 {
 	if (skb->tc_index && skb->tc_index == translated_mark())
 		return OUT_PASS_TRANSLATED;
@@ -84,7 +85,8 @@ static __always_inline int run_egress(struct __sk_buff *skb, __u32 link_header)
 
 	if (!s)
 		return TC_ACT_SHOT; /* impossible: an array always has its element */
-	return finish(skb, &s->packet, EGRESS, parse(skb, &s->packet, link_header) ?: egress(skb, s));
+	return finish(skb, &s->packet, EGRESS,
+		      parse(skb, &s->packet, link_header) ?: egress(skb, s));
 }
 
 /* At ingress nothing unreadable is dropped: it may be the node's. */

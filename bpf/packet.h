@@ -87,7 +87,8 @@ static __always_inline bool is_multicast(const struct addr *a)
 	return (a->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
 }
 
-static __always_inline bool endpoint_is(const struct endpoint *e, const struct addr *addr, __be16 port)
+static __always_inline bool endpoint_is(const struct endpoint *e, const struct addr *addr,
+					__be16 port)
 {
 	return e->port == port && addr_equal(&e->addr, addr);
 }

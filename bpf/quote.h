@@ -14,13 +14,13 @@
 
 /* Reads the quoted packet. A quoted later fragment has no ports, so it names no flow. */
 static __noinline bool quote_parse(struct __sk_buff *skb, const struct packet *pkt,
-					struct packet *quote)
+				   struct packet *quote)
 {
 	*quote = (struct packet){ .family = pkt->family, .l3 = pkt->l4 + ICMP_HEADER };
 	if (parse_ip(skb, quote, true) || quote->defect)
 		return false;
-	return quote->kind == KIND_PORTS || quote->kind == KIND_QUERY || quote->kind == KIND_REPLY ||
-	       quote->kind == KIND_BARE;
+	return quote->kind == KIND_PORTS || quote->kind == KIND_QUERY ||
+	       quote->kind == KIND_REPLY || quote->kind == KIND_BARE;
 }
 
 static __always_inline __u16 csum_fold(__u64 sum)
@@ -61,8 +61,7 @@ static __always_inline long quote_fix_checksum(struct __sk_buff *skb, __u32 offs
 
 /* Translates one side of the quoted packet, and the outer ICMP checksum with it. */
 static __noinline long quote_rewrite(struct __sk_buff *skb, const struct packet *pkt,
-					  struct packet *quote, enum side side,
-					  struct endpoint *to)
+				     struct packet *quote, enum side side, struct endpoint *to)
 {
 	struct addr *from = packet_addr(quote, side);
 	__be16 old_port = packet_port(quote, side);
@@ -82,9 +81,11 @@ static __noinline long quote_rewrite(struct __sk_buff *skb, const struct packet 
 	}
 	if (is_ipv4(quote)) {
 		if (quote_fix_checksum(skb, quote->l3 + 10, addr, false, &total) ||
-		    bpf_skb_store_bytes(skb, quote->l3 + (side == SOURCE ? 12 : 16), &to->addr.w[3], 4, 0))
+		    bpf_skb_store_bytes(skb, quote->l3 + (side == SOURCE ? 12 : 16), &to->addr.w[3],
+					4, 0))
 			return -1;
-	} else if (bpf_skb_store_bytes(skb, quote->l3 + (side == SOURCE ? 8 : 24), &to->addr, 16, 0)) {
+	} else if (bpf_skb_store_bytes(skb, quote->l3 + (side == SOURCE ? 8 : 24), &to->addr, 16,
+				       0)) {
 		return -1;
 	}
 	return bpf_l4_csum_replace(skb, pkt->l4 + 2, 0, csum_fold(total), 0);

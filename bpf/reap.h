@@ -22,7 +22,8 @@ _Static_assert(sizeof(struct reap_record) == 48, "records follow each other with
 /* Behind what BPF_PROG_TEST_RUN takes for an Ethernet header, aligned. */
 #define REAP_START 16
 
-static __always_inline bool reap_due(const struct setting *set, __u32 timer, __u32 percent, __u32 idle)
+static __always_inline bool reap_due(const struct setting *set, __u32 timer, __u32 percent,
+				     __u32 idle)
 {
 	__u64 limit;
 
@@ -59,10 +60,12 @@ static __always_inline int reap_forward(const struct reap_record *rec, const str
 	timer = flow_timer(t, bits, r ? r->bits : 0, r && r->packets);
 	if (!rec->force && !reap_due(set, timer, rec->percent, now - seen))
 		return 0;
-	/* Forward first: while both are there a packet may still use the mapping. */
-	flow_delete(FORWARD, t);
+	/* Reverse first. A packet that meets the forward half alone confirms it and heals; the other
+	 * way round a new forward half could be added to a reverse half that is about to go, and
+	 * another flow could get its port. */
 	if (r)
 		flow_delete(REVERSE, &rev);
+	flow_delete(FORWARD, t);
 	return 1;
 }
 

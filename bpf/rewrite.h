@@ -64,7 +64,8 @@ static __always_inline __be16 packet_port(const struct packet *pkt, enum side si
 }
 
 /* One's complement difference between two addresses of the packet's family. */
-static __always_inline __wsum addr_diff(const struct packet *pkt, struct addr *from, struct addr *to)
+static __always_inline __wsum addr_diff(const struct packet *pkt, struct addr *from,
+					struct addr *to)
 {
 	if (is_ipv4(pkt))
 		return bpf_csum_diff(&from->w[3], 4, &to->w[3], 4, 0);
@@ -79,7 +80,8 @@ static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const s
 	long err;
 
 	if (zero_checksum_is_special(pkt))
-		flags |= BPF_F_MARK_MANGLED_0; /* a zero checksum stays zero, a new zero becomes 0xffff */
+		flags |=
+			BPF_F_MARK_MANGLED_0; /* a zero checksum stays zero, a new zero becomes 0xffff */
 	if (!is_ipv4(pkt) && have_csum_ipv6)
 		flags |= CSUM_IPV6;
 	err = bpf_l4_csum_replace(skb, offset, 0, diff, flags);
@@ -99,7 +101,8 @@ static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *p
 	if (is_ipv4(pkt)) {
 		if (bpf_l3_csum_replace(skb, pkt->l3 + 10, from->w[3], to->w[3], 4))
 			return -1;
-		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 12 : 16), &to->w[3], 4, 0);
+		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 12 : 16), &to->w[3], 4,
+					   0);
 	}
 	return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 8 : 24), to, 16, 0);
 }
@@ -112,7 +115,8 @@ static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, e
 	__be16 old_port = packet_port(pkt, side);
 	struct addr *from = packet_addr(pkt, side);
 
-	if (pkt->kind != KIND_LATER && sum && has_pseudo_header(pkt) && !addr_equal(from, &to->addr)) {
+	if (pkt->kind != KIND_LATER && sum && has_pseudo_header(pkt) &&
+	    !addr_equal(from, &to->addr)) {
 		if (rewrite_pseudo_header(skb, pkt, pkt->l4 + sum, addr_diff(pkt, from, &to->addr)))
 			return -1;
 	}

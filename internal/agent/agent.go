@@ -171,8 +171,6 @@ func supported(cfg config.Config) error {
 		return refuse("enable-bpf-masquerade=false (iptables mode)", "leave enable-bpf-masquerade at true")
 	case cfg.K8s:
 		return refuse("enable-k8s", "give the pod range of this node with pod-cidrs, and other nodes with nodes-file")
-	case cfg.RouteSource:
-		return refuse("enable-masquerade-to-route-source", "leave it out: connections get the primary address of the device they leave by")
 	}
 	return nil
 }

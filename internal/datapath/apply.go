@@ -7,16 +7,20 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 
 	"bauta.dev/bauta/internal/policy"
 )
 
+// ErrAttach says that a policy is in force, but a device could not be attached.
+var ErrAttach = errors.New("device not attached")
+
 // applied is what the kernel holds of the last policy.
 type applied struct {
 	policy *policy.Policy
-	rows   [tries][]trieEntry // by trieSource, trieDestination
+	rows   [tries][]trieEntry // by trieSource, trieDestination, trieRoute
 	tries  [tries]*ebpf.Map
 }
 
@@ -29,6 +33,7 @@ func (a *applied) close() {
 const (
 	trieSource = iota
 	trieDestination
+	trieRoute
 	tries
 )
 
@@ -52,7 +57,14 @@ func renderTries(p *policy.Policy) [tries][]trieEntry {
 		rows[trieDestination] = append(rows[trieDestination],
 			trieEntry{prefixTo(d.Prefix), masqRule{Outcome: uint8(d.Outcome), Listed: uint8(d.Listed)}})
 	}
-	for i, rest := range [tries]policy.Outcome{trieSource: policy.PassSource, trieDestination: policy.Continue} {
+	index := make(map[netip.Addr]uint16)
+	for i, a := range routeSources(p) {
+		index[a] = uint16(i + 1)
+	}
+	for _, r := range p.RouteSources() {
+		rows[trieRoute] = append(rows[trieRoute], trieEntry{prefixTo(r.Prefix), masqRule{Source: index[r.Source]}})
+	}
+	for i, rest := range [tries]policy.Outcome{trieSource: policy.PassSource} {
 		if !slices.ContainsFunc(rows[i], func(e trieEntry) bool { return e.key == ipv4Root }) {
 			rows[i] = append(rows[i], trieEntry{ipv4Root, masqRule{Outcome: uint8(rest)}})
 		}
@@ -60,9 +72,28 @@ func renderTries(p *policy.Policy) [tries][]trieEntry {
 	return rows
 }
 
-func renderSetting(p *policy.Policy) *masqSetting {
+// routeSources are the distinct source addresses of routes, in the order of the
+// routes. The programs know them by number, from 1 on.
+func routeSources(p *policy.Policy) []netip.Addr {
+	var out []netip.Addr
+	for _, r := range p.RouteSources() {
+		if r.Source.IsValid() && !slices.Contains(out, r.Source) {
+			out = append(out, r.Source)
+		}
+	}
+	return out
+}
+
+func renderSetting(p *policy.Policy) (*masqSetting, error) {
 	in := p.Input()
-	s := &masqSetting{Ports: uint32(len(in.Ports))}
+	s := &masqSetting{Ports: uint32(len(in.Ports)), Routes: uint32(len(p.RouteSources()))}
+	sources := routeSources(p)
+	if len(sources) >= len(s.Source) {
+		return nil, fmt.Errorf("routes: %d different source addresses, the limit is %d", len(sources), len(s.Source)-1)
+	}
+	for i, a := range sources {
+		s.Source[i+1] = addrTo(a)
+	}
 	for i, on := range [2]bool{in.IPv4, in.IPv6} {
 		if on {
 			s.Enabled[i] = 1
@@ -74,23 +105,28 @@ func renderSetting(p *policy.Policy) *masqSetting {
 	case policy.UnknownPass:
 		s.UnknownProtocols = 2
 	}
-	t := in.Timeouts
-	for i, d := range [...]float64{t.TCPSyn.Seconds(), t.TCPEstablished.Seconds(), t.TCPClosing.Seconds(),
-		t.UDP.Seconds(), t.UDPStream.Seconds(), t.ICMP.Seconds(), t.Other.Seconds()} {
-		s.Timeout[i] = uint32(d)
-	}
+	s.Timeout = renderTimers(in.Timeouts)
 	copy(s.Port[:], in.Ports)
 	for _, port := range in.Ports {
 		s.InPool[port/64] |= 1 << (port % 64)
 	}
-	return s
+	return s, nil
+}
+
+// renderTimers gives seconds in the order of enum timer.
+func renderTimers(t policy.Timeouts) (out [7]uint32) {
+	for i, d := range [...]time.Duration{t.TCPSyn, t.TCPEstablished, t.TCPClosing, t.UDP, t.UDPStream, t.ICMP, t.Other} {
+		out[i] = uint32(d / time.Second)
+	}
+	return out
 }
 
 // Apply makes the kernel follow p. Packets see the old policy or the new one,
 // never a mixture: the tables of the idle generation are written first, then one
 // number changes. When it returns, no packet is under way with the old policy.
 // On an error the old policy stays in force, and a later Apply starts over.
-// Devices are attached last, when there is a policy for them.
+// Devices are attached last, when there is a policy for them: ErrAttach says that
+// the policy is in force, but not on each of its devices.
 func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
 	next, err := d.writePolicy(ctx, p)
 	if err != nil {
@@ -105,7 +141,10 @@ func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
 			return err
 		}
 	}
-	return d.applyDevices(p.Input().Devices)
+	if err := d.applyDevices(p.Input().Devices); err != nil {
+		return fmt.Errorf("%w: %w", ErrAttach, err)
+	}
+	return nil
 }
 
 // writePolicy writes p into the idle generation and makes it the active one.
@@ -176,7 +215,11 @@ func (d *Datapath) flip(idle uint32, next *applied) error {
 	if err := d.step("settings"); err != nil {
 		return err
 	}
-	if err := d.objs.Settings.Put(idle, renderSetting(next.policy)); err != nil {
+	setting, err := renderSetting(next.policy)
+	if err != nil {
+		return err
+	}
+	if err := d.objs.Settings.Put(idle, setting); err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
 	if err := d.step("flip"); err != nil {

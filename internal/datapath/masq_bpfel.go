@@ -137,7 +137,7 @@ type masqRule struct {
 	_       structs.HostLayout
 	Outcome uint8
 	Listed  uint8
-	Pad     uint16
+	Source  uint16
 }
 
 type masqScratch struct {
@@ -218,7 +218,8 @@ type masqSetting struct {
 	UnknownProtocols uint32
 	Timeout          [7]uint32
 	Ports            uint32
-	Pad              uint32
+	Routes           uint32
+	Source           [256]masqAddr
 	InPool           [1024]uint64
 	Port             [65536]uint16
 }

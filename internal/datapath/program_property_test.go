@@ -126,7 +126,6 @@ func testAgreesWithDecide(t *testing.T, r *rig) {
 		}
 		g, err := g.WithDevices(r.device)
 		r.must(err)
-		g.Input.RouteSources = nil // see testTable
 		p := r.apply(g.Input)
 		for _, c := range g.Cases {
 			r.clear()

@@ -97,9 +97,6 @@ func testTable(t *testing.T, r *rig) {
 		g, err := g.WithDevices(r.device)
 		r.must(err)
 		t.Run(g.Name, func(t *testing.T) {
-			if len(g.Input.RouteSources) > 0 {
-				t.Skip("the programs do not know route sources yet")
-			}
 			r := r.on(t)
 			r.apply(g.Input)
 			for _, c := range g.Cases {

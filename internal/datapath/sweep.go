@@ -59,7 +59,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		return Swept{}, nil
 	}
 	in := d.applied.policy.Input()
-	facts := sweepFacts{local: make(map[netip.Addr]bool), timers: renderSetting(d.applied.policy).Timeout, pool: len(in.Ports)}
+	facts := sweepFacts{local: make(map[netip.Addr]bool), timers: renderTimers(in.Timeouts), pool: len(in.Ports)}
 	for _, a := range in.HostAddrs {
 		facts.local[a.WithZone("")] = true
 	}
