@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -38,6 +37,7 @@ type signals struct {
 // timing of the loop; tests shorten it.
 type timing struct {
 	gap      time.Duration // least time between two applies
+	confirm  time.Duration // after news of files, when they are read once more
 	resync   time.Duration // how often everything is checked without any news
 	sweep    time.Duration
 	retry    time.Duration // first pause after an error; doubles
@@ -46,6 +46,7 @@ type timing struct {
 
 var defaultTiming = timing{
 	gap:      100 * time.Millisecond,
+	confirm:  500 * time.Millisecond,
 	resync:   30 * time.Second,
 	sweep:    5 * time.Second,
 	retry:    250 * time.Millisecond,
@@ -105,6 +106,12 @@ func (l *loop) run(ctx context.Context) error {
 	}
 	due := time.NewTimer(0)
 	defer due.Stop()
+	// A file may be read while somebody writes it, and be as the watcher knew it when
+	// that looks: then there is no news of what it holds now. So it is read again
+	// when the watcher has looked (it does so within 200 ms).
+	confirm := time.NewTimer(l.timing.confirm)
+	confirm.Stop()
+	defer confirm.Stop()
 	soon := func() { due.Reset(max(0, time.Until(l.attempted.Add(l.timing.gap)))) }
 	l.stale, l.force = allStale, true
 	for {
@@ -116,21 +123,28 @@ func (l *loop) run(ctx context.Context) error {
 			soon()
 		case <-l.signals.ipMasq:
 			l.stale.ipMasq = true
+			confirm.Reset(l.timing.confirm)
 			soon()
 		case <-l.signals.nodes:
 			l.stale.nodes = true
+			confirm.Reset(l.timing.confirm)
 			soon()
 		case <-l.signals.options:
 			l.stale.options = true
+			confirm.Reset(l.timing.confirm)
+			soon()
+		case <-confirm.C:
+			l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
 			soon()
 		case <-resync.C:
 			// What others did to our attachments makes no news.
-			l.stale.network, l.stale.reserved, l.force = true, true, true
+			l.stale, l.force = allStale, true
 			soon()
 		case <-l.signals.reload:
 			l.systemd.reloading()
 			l.log.Info("reloading")
 			l.stale, l.force = allStale, true
+			confirm.Reset(l.timing.confirm)
 			l.reconcile(ctx, due)
 			if l.agent.Ready {
 				l.systemd.ready()
@@ -182,9 +196,8 @@ func (l *loop) follow(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("policy: %w", err)
 	}
-	attach := l.kernel.Apply(ctx, p)
-	if attach != nil && !errors.Is(attach, datapath.ErrAttach) {
-		return attach
+	if err := l.kernel.Apply(ctx, p); err != nil {
+		return err
 	}
 	before := l.inForce
 	l.settle()
@@ -200,8 +213,7 @@ func (l *loop) follow(ctx context.Context) error {
 	if before != nil && loses(before.input, l.wanted.input) {
 		l.sweep(ctx) // the mappings of an address end with it
 	}
-	l.force = attach != nil // the policy is in force; the rest is tried again
-	return attach
+	return nil
 }
 
 // settle notes that what is wanted is in force. Reasons may have changed even

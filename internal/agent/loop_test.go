@@ -224,3 +224,26 @@ func TestBothFamiliesOff(t *testing.T) {
 		})
 	})
 }
+
+// A file that was read while it was gone for a moment, and was back as the watcher
+// knew it when that looked: nobody says that it is back.
+func TestLoopReadsAgainWhatItReadInBetween(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "enable-ip-masq-agent=true")
+		write(t, b.list, goodList)
+		got := b.run(t, func() {
+			after(time.Second)
+			if err := os.Remove(b.list); err != nil {
+				t.Error(err)
+			}
+			b.signals.ipMasq.put()
+			after(50 * time.Millisecond)
+			write(t, b.list, goodList)
+			after(time.Second)
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0
+			 1.00s apply devices=[eth0 192.0.2.1] nonmasq=[13 prefixes] nodes=0
+			 1.50s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0`)
+	})
+}
