@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -196,8 +197,9 @@ func (l *loop) follow(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("policy: %w", err)
 	}
-	if err := l.kernel.Apply(ctx, p); err != nil {
-		return err
+	attach := l.kernel.Apply(ctx, p)
+	if attach != nil && !errors.Is(attach, datapath.ErrAttach) {
+		return attach
 	}
 	before := l.inForce
 	l.settle()
@@ -213,7 +215,8 @@ func (l *loop) follow(ctx context.Context) error {
 	if before != nil && loses(before.input, l.wanted.input) {
 		l.sweep(ctx) // the mappings of an address end with it
 	}
-	return nil
+	l.force = attach != nil // the policy is in force; the rest is tried again
+	return attach
 }
 
 // settle notes that what is wanted is in force. Reasons may have changed even
