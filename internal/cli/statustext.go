@@ -140,7 +140,7 @@ func sourceRow(family string, s agent.FamilySources) []string {
 }
 
 // maxPrefixLines keeps the rest of a status readable: a list may have 65536.
-const maxPrefixLines = 100
+const maxPrefixLines = 20
 
 func ipMasqText(s agent.IPMasqStatus) string {
 	if !s.Enabled {
@@ -153,6 +153,9 @@ func ipMasqText(s agent.IPMasqStatus) string {
 	text := columns(s.Path, "profile "+s.Profile, plural(s.Prefixes, "prefix"), "file: "+state)
 	if s.InForce != "" && s.InForce != agent.FromFile {
 		text += "   in force: " + string(s.InForce)
+		if s.LastError != "" && s.State != "" && s.InForce == agent.FromLastGood {
+			text += " (" + s.State + ")" // what that one was
+		}
 	}
 	if !s.LastReload.IsZero() {
 		text += "   reloaded " + stamp(s.LastReload)
@@ -163,7 +166,7 @@ func ipMasqText(s agent.IPMasqStatus) string {
 	}
 	more := ""
 	if n := len(s.Rules) - maxPrefixLines; n > 0 {
-		more = fmt.Sprintf("  and %d more: bauta bpf ipmasq list", n)
+		more = fmt.Sprintf("  ... and %d more (bauta bpf ipmasq list)", n)
 	}
 	return joinLines(text, table(rows...), more, problemText(s.LastError))
 }

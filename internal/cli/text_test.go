@@ -2,7 +2,9 @@ package cli
 
 import (
 	"bytes"
+	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -154,6 +156,26 @@ func TestStatusText(t *testing.T) {
 	golden(t, "testdata/golden/status-healthy.txt", statusText(healthy()))
 	golden(t, "testdata/golden/status-ailing.txt", statusText(ailing()))
 	golden(t, "testdata/golden/status-off.txt", statusText(off))
+}
+
+// A long list is cut, and a warning about the file is shown once, although it is
+// in the status twice.
+func TestIPMasqTextIsShort(t *testing.T) {
+	st := healthy()
+	st.IPMasqAgent.Rules = nil
+	for i := range 25 {
+		st.IPMasqAgent.Rules = append(st.IPMasqAgent.Rules, rules("default", fmt.Sprintf("10.%d.0.0/16", i))...)
+	}
+	const warning = "list: 10.0.0.1/16: taken for 10.0.0.0/16"
+	st.IPMasqAgent.Warnings = []string{warning}
+	st.Warnings = append(st.Warnings, warning)
+	text := statusText(st)
+	if !strings.Contains(text, "10.19.0.0/16") || strings.Contains(text, "10.20.0.0/16") || !strings.Contains(text, "... and 5 more (bauta bpf ipmasq list)\n") {
+		t.Error(text)
+	}
+	if n := strings.Count(text, warning); n != 1 {
+		t.Errorf("the warning is shown %d times:\n%s", n, text)
+	}
 }
 
 func TestStatusExit(t *testing.T) {

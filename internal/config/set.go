@@ -53,6 +53,28 @@ func setDuration(field func(*Config) *time.Duration) func(*Config, []setting) er
 	})
 }
 
+// Bounds of nat-timeout-*: the data plane counts in whole seconds, and a mapping
+// that lives for more than a month is a slip of the pen.
+const (
+	minTimeout = time.Second
+	maxTimeout = 30 * 24 * time.Hour
+)
+
+func setTimeout(def time.Duration, field func(*Config) *time.Duration) func(*Config, []setting) error {
+	return one(func(c *Config, s setting) error {
+		d, err := s.duration()
+		if err != nil {
+			return err
+		}
+		if d < minTimeout || d > maxTimeout {
+			return s.refuse("out of bounds", fmt.Sprintf("write a duration from %s to %s (30 days), for example %s",
+				shortDuration(minTimeout), shortDuration(maxTimeout), shortDuration(def)))
+		}
+		*field(c) = d
+		return nil
+	})
+}
+
 func setIPv6(c *Config, given []setting) (err error) {
 	c.IPv6, err = given[0].bool()
 	c.IPv6Explicit = given[0].source != fromDefault

@@ -149,5 +149,5 @@ var options = []Option{
 func timeout(state string, def time.Duration, usage string, field func(*policy.Timeouts) *time.Duration) Option {
 	return Option{Name: "nat-timeout-" + state, Kind: Duration, Default: shortDuration(def), Group: groupPorts, Mode: BPFMode,
 		Usage: "life of a mapping after its last packet: " + usage,
-		set:   setDuration(func(c *Config) *time.Duration { return field(&c.Timeouts) })}
+		set:   setTimeout(def, func(c *Config) *time.Duration { return field(&c.Timeouts) })}
 }
