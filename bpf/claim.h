@@ -2,10 +2,10 @@
 /* New mappings: choosing an external port and reserving it.
  *
  * The candidates are a function of the inner socket alone: first its own port, then a walk
- * through the pool with a keyed start and an odd stride. No destination goes in, so a socket
- * gets the same external port towards everybody while it is free there (RFC 4787 REQ-1), and the
- * same again after a loss of state. The slots are a power of two, so an odd stride visits each
- * one once.
+ * through the pool with a keyed start and a keyed step that has no divisor in common with the
+ * pool's size, so that it visits each port once. No destination goes in, so a socket gets the
+ * same external port towards everybody while it is free there (RFC 4787 REQ-1), and the same
+ * again after a loss of state.
  *
  * Reserving is inserting the reverse entry if absent; the bucket lock makes that atomic.
  * Order: reverse, forward, then the packet leaves, so no reply can miss. A crash in between
@@ -16,11 +16,11 @@
 #include "decide.h"
 #include "flow.h"
 
-static __always_inline bool port_in_pool(const struct setting *set, __be16 port)
+static __always_inline bool port_in(const __u64 *set, __be16 port)
 {
 	__u32 p = bpf_ntohs(port);
 
-	return set->in_pool[(p >> 6) & 1023] >> (p & 63) & 1;
+	return set[(p >> 6) & 1023] >> (p & 63) & 1;
 }
 
 /* Does a socket of the node hold the candidate: connected to this remote, bound or listening? */
@@ -55,22 +55,20 @@ static __noinline bool claim_node_owns(struct __sk_buff *skb, const struct tuple
 	return true;
 }
 
-/* Candidate number i; false if the slot holds none. */
+/* Candidate number i; false if there is none. */
 static __always_inline bool claim_candidate(const struct scratch *s, const struct setting *set,
 					    __u32 i, __be16 *port)
 {
 	const struct claim *c = &s->claim;
 	__u32 slot;
 
-	if (i && c->pool == POOL_OWN)
-		return false;
 	if (i == 0) {
 		*port = s->flow.lport;
-		return c->pool != POOL_PORTS || port_in_pool(set, *port);
+		return c->pool != POOL_PORTS || port_in(set->in_pool, *port);
 	}
-	slot = (c->start + i * c->stride) & (c->slots - 1);
-	if (slot >= c->size)
+	if (c->pool == POOL_OWN || i > c->size)
 		return false;
+	slot = (c->start + (__u64)i * c->stride) % c->size;
 	*port = bpf_htons(c->pool == POOL_PORTS ? set->port[slot & 0xffff] : slot);
 	return true;
 }
@@ -140,22 +138,22 @@ static __always_inline __u64 claim_hash(const struct tuple *t, __u64 seed)
 	return h ^ h >> 32;
 }
 
-static __always_inline void claim_aim(struct claim *c, const struct tuple *flow, __u32 ports)
+static __always_inline void claim_aim(struct claim *c, const struct tuple *flow,
+				      const struct setting *set)
 {
-	__u32 zero = 0, slots;
+	__u32 zero = 0;
 	struct state *st = bpf_map_lookup_elem(&control, &zero);
 	__u64 h = claim_hash(flow, st ? st->seed : 0);
 
-	c->size = c->pool == POOL_PORTS ? ports : 65536;
-	slots = c->size ? c->size - 1 : 0;
-	slots |= slots >> 1;
-	slots |= slots >> 2;
-	slots |= slots >> 4;
-	slots |= slots >> 8;
-	c->slots = (slots & 0xffff) + 1;
 	c->start = h;
-	c->stride = h >> 32 | 1;
 	c->reused = 0;
+	if (c->pool == POOL_PORTS) {
+		c->size = set->ports;
+		c->stride = set->stride[h >> 32 & (STRIDES - 1)];
+	} else {
+		c->size = 65536;
+		c->stride = h >> 32 | 1;
+	}
 }
 
 /* Finds and reserves an external port for s->flow at the address in s->reverse. bits: FLOW_* of
@@ -163,13 +161,17 @@ static __always_inline void claim_aim(struct claim *c, const struct tuple *flow,
 static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch *s,
 					  const struct setting *set, enum pool pool, __u8 bits)
 {
+	__u32 limit = MAX_CANDIDATES;
+
 	s->claim.pool = pool;
 	s->claim.bits = bits;
 	s->claim.outcome = pool == POOL_OWN ? OUT_DROP_PROTOCOL : OUT_DROP_NO_PORT;
-	claim_aim(&s->claim, &s->flow, set->ports);
-	/* The own port, and then the slots. */
-	for (int i = 0; i <= MAX_CANDIDATES; i += CLAIM_CHUNK) {
-		if (claim_try(skb, i) || pool == POOL_OWN)
+	claim_aim(&s->claim, &s->flow, set);
+	if (s->claim.size <= MAX_COMPLETE)
+		limit = s->claim.size;
+	/* The own port, and then the walk. */
+	for (__u32 i = 0; i <= MAX_COMPLETE; i += CLAIM_CHUNK) {
+		if (i > limit || claim_try(skb, i) || pool == POOL_OWN)
 			break;
 	}
 	return s->claim.outcome;

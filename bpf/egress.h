@@ -58,13 +58,16 @@ static __always_inline struct flow *egress_reverse(struct scratch *s)
 
 /* Once a second and flow: the reverse half must still be there and ours. It heals if it was
  * lost; false if another flow has the port now, then this one needs a new mapping. */
-static __noinline bool egress_confirm(struct scratch *s, __u8 bits, __u32 now)
+static __noinline bool egress_confirm(struct __sk_buff *skb, struct scratch *s, __u8 bits,
+				      __u32 now)
 {
 	struct flow entry = { .seen = now, .created = now, .port = s->flow.lport };
 
 	if (egress_reverse(s))
 		return endpoint_is(&s->owner, &s->flow.local, s->flow.lport);
 	entry.bits = bits & FLOW_HOST;
+	if (!entry.bits && claim_node_owns(skb, &s->reverse))
+		return false;
 	return flow_add(REVERSE, &s->reverse, &entry, &s->flow.local) == 0;
 }
 
@@ -86,7 +89,7 @@ static __always_inline enum outcome egress_known(struct __sk_buff *skb, struct s
 {
 	__u32 now = now_seconds();
 
-	if (f->seen != now && !egress_confirm(s, f->bits, now)) {
+	if (f->seen != now && !egress_confirm(skb, s, f->bits, now)) {
 		flow_delete(FORWARD, &s->flow);
 		return OUT_CONTINUE;
 	}
@@ -150,7 +153,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 		if (!s->claim.reused)
 			flow_delete(REVERSE, &s->reverse);
 		return err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
-	} else if (s->claim.reused && !egress_confirm(s, bits, entry.seen)) {
+	} else if (s->claim.reused && !egress_confirm(skb, s, bits, entry.seen)) {
 		/* The reaper took the reverse half for an orphan meanwhile, and another flow its port. */
 		flow_delete(FORWARD, &s->flow);
 		return OUT_DROP_MAP_ERROR;
@@ -160,21 +163,56 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 	return egress_translate(skb, s, bits & FLOW_HOST ? OUT_MASQ_HOST : OUT_MASQ_NEW);
 }
 
-/* Does a packet of the node need a mapping of its own? Whoever came first keeps a tuple: if a
- * pod's mapping has it, the node's flow gets another port. ICMP queries and protocols without
- * ports have no socket that could be looked up, so the node claims them as it uses them. */
-static __noinline bool egress_host_claims(struct scratch *s, const struct setting *set,
-					  enum outcome pass)
+/* The packet's source is the external socket of a mapping, r. Is it that mapping's own packet,
+ * translated on a device stacked above this one, or the node's own that meets it? A translated one
+ * was forwarded, and its forward half spoke just now. */
+static __noinline bool egress_translated(struct __sk_buff *skb, struct scratch *s, __u8 bits)
+{
+	struct flow *f;
+
+	if (bits & FLOW_HOST)
+		return true; /* a port that the node itself was given */
+	if (!skb->ingress_ifindex)
+		return false;
+	s->reverse = s->flow;
+	s->reverse.local = s->owner.addr;
+	s->reverse.lport = s->owner.port;
+	f = flow_find(FORWARD, &s->reverse, &s->to);
+	return f && (__s32)(now_seconds() - f->seen) <= 1;
+}
+
+/* A packet of the node. Whoever came first keeps a tuple: if a pod's mapping has it, the node's
+ * flow gets a mapping and with it another port. ICMP queries and protocols without ports have no
+ * socket that could be looked up, so the node claims them as it uses them. OUT_CONTINUE: it
+ * needs a mapping. */
+static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch *s,
+					   const struct setting *set, enum outcome pass)
 {
 	const struct packet *pkt = &s->packet;
+	struct flow *r;
 
-	if (pkt->defect)
+	if (pkt->defect ||
+	    (pkt->kind != KIND_PORTS && pkt->kind != KIND_QUERY && pkt->kind != KIND_BARE))
+		return pass;
+	if (pkt->kind == KIND_PORTS && pkt->proto != IPPROTO_SCTP &&
+	    !port_in(set->guarded, pkt->sport))
+		return pass;
+	r = flow_find(REVERSE, &s->flow, &s->owner);
+	if (r)
+		return egress_translated(skb, s, r->bits) ? OUT_PASS_TRANSLATED : OUT_CONTINUE;
+	if (pkt->kind == KIND_PORTS || pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
+		return pass;
+	return OUT_CONTINUE;
+}
+
+/* An answer to a mapped flow that leaves by another masquerade device, towards its inner host:
+ * not a new connection. */
+static __always_inline bool egress_answers(struct scratch *s)
+{
+	if (s->packet.kind != KIND_PORTS && s->packet.kind != KIND_REPLY)
 		return false;
-	if (pkt->kind == KIND_PORTS)
-		return port_in_pool(set, pkt->sport) && flow_find(REVERSE, &s->flow, &s->owner);
-	if (pass != OUT_PASS_HOST || (pkt->kind != KIND_QUERY && pkt->kind != KIND_BARE))
-		return false;
-	return !is_multicast(&pkt->dst);
+	tuple_arriving(&s->reverse, &s->packet);
+	return flow_find(FORWARD, &s->reverse, &s->to);
 }
 
 /* The address a new mapping gets: the source of the longest route towards the destination, else
@@ -223,14 +261,16 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	struct setting *set;
 	__u32 generation = 0;
 	__u8 bits = 0;
-	enum outcome out, mapped;
+	enum outcome out, pass = OUT_CONTINUE, mapped;
 
 	set = policy_settings(&generation);
 	if (!set)
 		return OUT_DROP_NO_POLICY;
 	out = decide(pkt, generation, set);
 	if (out == OUT_PASS_HOST || out == OUT_PASS_DISABLED) {
-		if (!egress_host_claims(s, set, out))
+		pass = out;
+		out = egress_host(skb, s, set, pass);
+		if (out)
 			return out;
 		s->to.addr = pkt->src;
 		bits = FLOW_HOST;
@@ -242,10 +282,12 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 			inbound_delete(&s->flow);
 	} else if (keyed && inbound_answers(&s->flow, pkt, set)) {
 		out = OUT_PASS_INBOUND;
+	} else if (keyed && egress_answers(s)) {
+		out = OUT_PASS_TRANSLATED;
 	}
-	if (!out)
+	if (!bits && !out)
 		out = egress_admit(skb, s, set, generation);
-	if (!bits && out) {
+	if (out) {
 		/* What passes by more than its addresses says so for its later fragments. */
 		if (pkt->first_fragment && (out == OUT_PASS_INBOUND || out == OUT_PASS_PROTOCOL))
 			fragment_note(pkt, EGRESS, &pkt->src, out);
@@ -253,7 +295,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	}
 	mapped = egress_map(skb, s, bits);
 	/* The node's packet is not dropped because no mapping was to be had. */
-	return bits && mapped >= FIRST_DROP && mapped != OUT_DROP_REWRITE ? out : mapped;
+	return bits && mapped >= FIRST_DROP && mapped != OUT_DROP_REWRITE ? pass : mapped;
 }
 
 static __always_inline enum outcome egress(struct __sk_buff *skb, struct scratch *s)

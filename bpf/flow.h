@@ -54,18 +54,15 @@ static __always_inline void tuple_arriving(struct tuple *t, const struct packet 
 	};
 }
 
-/* 16 bits of the key, kept in the value. A preallocated element may be recycled for another
+/* Some bits of the key, kept in the value. A preallocated element may be recycled for another
  * flow while we still read it; then the tag differs, and the look-up counts as a miss. */
-static __always_inline __u64 flow_tag(const struct tuple *t)
+static __always_inline __u8 flow_tag(const struct tuple *t)
 {
 	__u32 h = t->local.w[3] ^ (t->remote.w[3] * 0x9e3779b1) ^ (t->remote.w[1] * 0x85ebca6b) ^
 		  t->local.w[2] ^ ((__u32)t->lport << 16 | t->rport) ^ t->proto;
 
-	h *= 0xc2b2ae35;
-	return (__u64)(h >> 16) << 48;
+	return (h * 0xc2b2ae35) >> 24;
 }
-
-#define FLOW_TAG_MASK (0xffffULL << 48)
 
 /* Finds the entry of t and copies the translated address and port out. */
 static __always_inline struct flow *flow_find(enum table table, const struct tuple *t,
@@ -95,14 +92,14 @@ static __always_inline struct flow *flow_find(enum table table, const struct tup
 	}
 	to->port = f->port;
 	asm volatile("" ::: "memory"); /* the tag is read last */
-	return (f->bytes & FLOW_TAG_MASK) == flow_tag(t) ? f : NULL;
+	return f->tag == flow_tag(t) ? f : NULL;
 }
 
 /* Inserts an entry for t unless there is one: 0, or -EEXIST, -E2BIG (full), another errno. */
 static __noinline long flow_add(enum table table, const struct tuple *t, struct flow *f,
 				const struct addr *addr)
 {
-	f->bytes |= flow_tag(t);
+	f->tag = flow_tag(t);
 	if (tuple_is_ipv4(t)) {
 		struct flow4 v = { .flow = *f, .addr = addr->w[3] };
 		struct tuple4 k;

@@ -44,8 +44,8 @@ struct flow {
 	__u32 packets;
 	__be16 port; /* translated port: external in the forward table, inner in the reverse table */
 	__u8 bits; /* FLOW_* */
-	__u8 pad;
-	__u64 bytes; /* low 48 bits; the high 16 are the key's tag, see flow_tag() */
+	__u8 tag; /* of the key, see flow_tag() */
+	__u64 bytes;
 };
 
 struct flow4 {
@@ -171,7 +171,9 @@ struct setting {
 	__u32 ports; /* in the pool */
 	__u32 routes; /* in the table of routes with a source; 0: it is not asked */
 	struct addr source[ROUTE_SOURCES]; /* of routes; the first is not used */
+	__u32 stride[STRIDES]; /* steps through the pool that visit every port; see claim.h */
 	__u64 in_pool[1024]; /* bit set of the pool */
+	__u64 guarded[1024]; /* of every pool there was: mappings outlive a change */
 	__u16 port[65536]; /* the pool, ascending */
 };
 
@@ -220,7 +222,7 @@ enum pool {
 
 /* A search for an external port; see claim.h. */
 struct claim {
-	__u32 start, stride, slots, size;
+	__u32 start, stride, size;
 	__u32 outcome; /* enum outcome */
 	__u8 pool; /* enum pool */
 	__u8 bits; /* FLOW_* of the reverse entry */

@@ -30,22 +30,10 @@
 #include "ingress.h"
 #include "reap.h"
 
-/* Marks what this node has translated, in skb->tc_index: it stays with the packet through
- * stacked devices (a VLAN on a bond), where the lower one must not take it for a packet of the
- * node that collides with the mapping. The number is this instance's own, so that another Bauta
- * behind a veth (a node in a container) does not believe it. */
-static __always_inline __u32 translated_mark(void)
-{
-	__u32 zero = 0;
-	struct state *st = bpf_map_lookup_elem(&control, &zero);
-
-	return st ? (st->seed & 0xffff) | 1 : 0;
-}
-
 /* The only way out: counts the outcome and turns it into a verdict. A packet that goes on is
  * handed to the next program of the chain (TC_ACT_UNSPEC is TCX_NEXT), so we end nobody's. */
-static __always_inline int finish(struct __sk_buff *skb, const struct packet *pkt,
-				  enum direction direction, enum outcome out)
+static __always_inline int finish(const struct packet *pkt, enum direction direction,
+				  enum outcome out)
 {
 	__u32 slot = (out * 2 + direction) * 2 + (pkt->family & 1);
 	struct counter *c = bpf_map_lookup_elem(&counters, &slot);
@@ -54,11 +42,7 @@ static __always_inline int finish(struct __sk_buff *skb, const struct packet *pk
 		c->packets += pkt->segments;
 		c->bytes += pkt->bytes;
 	}
-	if (out >= FIRST_DROP)
-		return TC_ACT_SHOT;
-	if (out >= FIRST_MASQ)
-		skb->tc_index = translated_mark();
-	return TC_ACT_UNSPEC;
+	return out < FIRST_DROP ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 
 static __always_inline struct scratch *begin(struct __sk_buff *skb)
@@ -71,22 +55,14 @@ static __always_inline struct scratch *begin(struct __sk_buff *skb)
 	return s;
 }
 
-static __always_inline enum outcome parse(struct __sk_buff *skb, struct packet *pkt,
-					  __u32 link_header)
-{
-	if (skb->tc_index && skb->tc_index == translated_mark())
-		return OUT_PASS_TRANSLATED;
-	return parse_packet(skb, pkt, link_header);
-}
-
 static __always_inline int run_egress(struct __sk_buff *skb, __u32 link_header)
 {
 	struct scratch *s = begin(skb);
 
 	if (!s)
 		return TC_ACT_SHOT; /* impossible: an array always has its element */
-	return finish(skb, &s->packet, EGRESS,
-		      parse(skb, &s->packet, link_header) ?: egress(skb, s));
+	return finish(&s->packet, EGRESS,
+		      parse_packet(skb, &s->packet, link_header) ?: egress(skb, s));
 }
 
 /* At ingress nothing unreadable is dropped: it may be the node's. */
@@ -97,10 +73,10 @@ static __always_inline int run_ingress(struct __sk_buff *skb, __u32 link_header)
 
 	if (!s)
 		return TC_ACT_UNSPEC;
-	out = parse(skb, &s->packet, link_header);
+	out = parse_packet(skb, &s->packet, link_header);
 	if (out >= FIRST_DROP)
 		out = OUT_PASS_NO_MAPPING;
-	return finish(skb, &s->packet, INGRESS, out ?: ingress(skb, s));
+	return finish(&s->packet, INGRESS, out ?: ingress(skb, s));
 }
 
 /* One program a direction and kind of device: with an Ethernet header, or without any. */

@@ -46,8 +46,12 @@ static __always_inline int reap_forward(const struct reap_record *rec, const str
 	__u8 bits;
 
 	f = flow_find(FORWARD, t, &external);
-	if (!f)
+	if (!f) {
+		/* Gone, or an entry that no look-up accepts any more: by key it can still be removed. */
+		if (rec->force)
+			flow_delete(FORWARD, t);
 		return 0;
+	}
 	rev.local = external.addr;
 	rev.lport = external.port;
 	seen = f->seen;

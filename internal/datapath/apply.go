@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -70,55 +69,6 @@ func renderTries(p *policy.Policy) [tries][]trieEntry {
 		}
 	}
 	return rows
-}
-
-// routeSources are the distinct source addresses of routes, in the order of the
-// routes. The programs know them by number, from 1 on.
-func routeSources(p *policy.Policy) []netip.Addr {
-	var out []netip.Addr
-	for _, r := range p.RouteSources() {
-		if r.Source.IsValid() && !slices.Contains(out, r.Source) {
-			out = append(out, r.Source)
-		}
-	}
-	return out
-}
-
-func renderSetting(p *policy.Policy) (*masqSetting, error) {
-	in := p.Input()
-	s := &masqSetting{Ports: uint32(len(in.Ports)), Routes: uint32(len(p.RouteSources()))}
-	sources := routeSources(p)
-	if len(sources) >= len(s.Source) {
-		return nil, fmt.Errorf("routes: %d different source addresses, the limit is %d", len(sources), len(s.Source)-1)
-	}
-	for i, a := range sources {
-		s.Source[i+1] = addrTo(a)
-	}
-	for i, on := range [2]bool{in.IPv4, in.IPv6} {
-		if on {
-			s.Enabled[i] = 1
-		}
-	}
-	switch in.UnknownProtocols {
-	case policy.UnknownDrop:
-		s.UnknownProtocols = 1
-	case policy.UnknownPass:
-		s.UnknownProtocols = 2
-	}
-	s.Timeout = renderTimers(in.Timeouts)
-	copy(s.Port[:], in.Ports)
-	for _, port := range in.Ports {
-		s.InPool[port/64] |= 1 << (port % 64)
-	}
-	return s, nil
-}
-
-// renderTimers gives seconds in the order of enum timer.
-func renderTimers(t policy.Timeouts) (out [7]uint32) {
-	for i, d := range [...]time.Duration{t.TCPSyn, t.TCPEstablished, t.TCPClosing, t.UDP, t.UDPStream, t.ICMP, t.Other} {
-		out[i] = uint32(d / time.Second)
-	}
-	return out
 }
 
 // Apply makes the kernel follow p. Packets see the old policy or the new one,
@@ -217,6 +167,9 @@ func (d *Datapath) flip(idle uint32, next *applied) error {
 	}
 	setting, err := renderSetting(next.policy)
 	if err != nil {
+		return err
+	}
+	if err := d.guardOldPools(setting); err != nil {
 		return err
 	}
 	if err := d.objs.Settings.Put(idle, setting); err != nil {

@@ -39,8 +39,6 @@ const (
 	bitOutFin = 0x40
 )
 
-const bytesMask = 1<<48 - 1
-
 func (e flowEntry) host() bool { return e.bits&bitHost != 0 }
 
 // flowTables are the tables of one family.
@@ -62,7 +60,7 @@ func key6(k masqTuple) flowKey {
 func entryOf(k flowKey, f masqFlow, xlate netip.Addr) flowEntry {
 	return flowEntry{
 		key: k, xlate: socket(xlate, f.Port),
-		seen: f.Seen, created: f.Created, packets: f.Packets, bits: f.Bits, bytes: f.Bytes & bytesMask,
+		seen: f.Seen, created: f.Created, packets: f.Packets, bits: f.Bits, bytes: f.Bytes,
 	}
 }
 

@@ -46,7 +46,7 @@ type masqFlow struct {
 	Packets uint32
 	Port    uint16
 	Bits    uint8
-	Pad     uint8
+	Tag     uint8
 	Bytes   uint64
 }
 
@@ -202,7 +202,6 @@ type masqScratch struct {
 		_       structs.HostLayout
 		Start   uint32
 		Stride  uint32
-		Slots   uint32
 		Size    uint32
 		Outcome uint32
 		Pool    uint8
@@ -220,7 +219,9 @@ type masqSetting struct {
 	Ports            uint32
 	Routes           uint32
 	Source           [256]masqAddr
+	Stride           [64]uint32
 	InPool           [1024]uint64
+	Guarded          [1024]uint64
 	Port             [65536]uint16
 }
 

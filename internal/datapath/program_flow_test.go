@@ -170,19 +170,19 @@ func testReopens(t *testing.T, r *rig) {
 }
 
 // A packet that meets the program again on a lower device of a stack passes there.
-// (A test run cannot set skb->tc_index, where the mark is, but it can repeat.)
+// (A test run can repeat the program on one packet.)
 func testStackedDevices(t *testing.T, r *rig) {
 	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		p := f.udp().From(f.pod, changedPort)
-		res := r.runContext(egress, p.Link, p.Build(), skbContext{Ifindex: uint32(r.device["eth0"])}, 2)
+		res := r.runContext(egress, p.Link, p.Build(), skbContext{Ifindex: uint32(r.device["eth0"]), IngressIfindex: uint32(r.device["eth1"])}, 2)
 		if len(res.moved) != 2 || res.moved[policy.MasqNew] != 1 || res.moved[policy.PassTranslated] != 1 {
 			t.Errorf("outcomes %v", res.moved)
 		}
 		r.same(p.From(f.node, sourcePort(p, res.data)), res.data)
-		// What passes bears no mark.
+		// What passed the first time passes the second time.
 		p = p.To(f.excluded, 53)
-		res = r.runContext(egress, p.Link, p.Build(), skbContext{Ifindex: uint32(r.device["eth0"])}, 2)
+		res = r.runContext(egress, p.Link, p.Build(), skbContext{Ifindex: uint32(r.device["eth0"]), IngressIfindex: uint32(r.device["eth1"])}, 2)
 		if res.moved[policy.PassNative] != 2 {
 			t.Errorf("outcomes %v", res.moved)
 		}

@@ -91,7 +91,7 @@ var outcomes = []OutcomeInfo{
 	{PassDevice, "pass-device", "the device is attached but no longer a masquerade device", "add it to devices"},
 	{PassNoMapping, "pass-no-mapping", "an arriving packet that belongs to no mapping", ""},
 	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognized", "raise bpf-nat-global-max, or filter unwanted traffic"},
-	{PassTranslated, "pass-translated", "already translated on a device stacked above this one", ""},
+	{PassTranslated, "pass-translated", "already translated: on a device stacked above this one, or an answer on its way inside", ""},
 
 	{MasqNew, "masq-new", "first packet of a masqueraded connection", ""},
 	{MasqKnown, "masq-known", "packet of a known masqueraded connection", ""},

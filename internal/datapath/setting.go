@@ -1,0 +1,103 @@
+package datapath
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"bauta.dev/bauta/internal/policy"
+)
+
+// routeSources are the distinct source addresses of routes, in the order of the
+// routes. The programs know them by number, from 1 on.
+func routeSources(p *policy.Policy) []netip.Addr {
+	var out []netip.Addr
+	for _, r := range p.RouteSources() {
+		if r.Source.IsValid() && !slices.Contains(out, r.Source) {
+			out = append(out, r.Source)
+		}
+	}
+	return out
+}
+
+func renderSetting(p *policy.Policy) (*masqSetting, error) {
+	in := p.Input()
+	s := &masqSetting{Ports: uint32(len(in.Ports)), Routes: uint32(len(p.RouteSources()))}
+	sources := routeSources(p)
+	if len(sources) >= len(s.Source) {
+		return nil, fmt.Errorf("routes: %d different source addresses, the limit is %d", len(sources), len(s.Source)-1)
+	}
+	for i, a := range sources {
+		s.Source[i+1] = addrTo(a)
+	}
+	for i, on := range [2]bool{in.IPv4, in.IPv6} {
+		if on {
+			s.Enabled[i] = 1
+		}
+	}
+	switch in.UnknownProtocols {
+	case policy.UnknownDrop:
+		s.UnknownProtocols = 1
+	case policy.UnknownPass:
+		s.UnknownProtocols = 2
+	}
+	s.Timeout = renderTimers(in.Timeouts)
+	copy(s.Port[:], in.Ports)
+	for _, port := range in.Ports {
+		s.InPool[port/64] |= 1 << (port % 64)
+	}
+	s.Stride = strides(len(in.Ports))
+	return s, nil
+}
+
+// renderTimers gives seconds in the order of enum timer.
+func renderTimers(t policy.Timeouts) (out [7]uint32) {
+	for i, d := range [...]time.Duration{t.TCPSyn, t.TCPEstablished, t.TCPClosing, t.UDP, t.UDPStream, t.ICMP, t.Other} {
+		out[i] = uint32(d / time.Second)
+	}
+	return out
+}
+
+// strides are steps through a pool of n ports that have no divisor in common with
+// n, so that a walk visits every port. They depend on n alone: a socket finds its
+// ports again after all state is lost.
+func strides(n int) (out [64]uint32) {
+	if n < 2 {
+		return out
+	}
+	for k := range out {
+		// The golden ratio spreads them over the pool.
+		step := uint32(uint64(k+1)*0x9e3779b9%uint64(n-1)) + 1
+		for gcd(step, uint32(n)) != 1 {
+			step = step%uint32(n-1) + 1
+		}
+		out[k] = step
+	}
+	return out
+}
+
+func gcd(a, b uint32) uint32 {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
+}
+
+// guardOldPools marks the ports of this pool and of all earlier ones: mappings
+// outlive a change of the pool, and the node's packets must go on minding them.
+func (d *Datapath) guardOldPools(s *masqSetting) error {
+	s.Guarded = s.InPool
+	st, err := d.state()
+	if err != nil || st.Active == noGeneration {
+		return err
+	}
+	var old masqSetting
+	if err := d.objs.Settings.Lookup(st.Active, &old); err != nil {
+		return fmt.Errorf("read settings: %w", err)
+	}
+	for i, w := range old.Guarded {
+		s.Guarded[i] |= w
+	}
+	return nil
+}
