@@ -302,3 +302,17 @@ func TestReadDuringChanges(t *testing.T) {
 	close(stop)
 	must(t, <-stopped)
 }
+
+func TestReadTunnelPorts(t *testing.T) {
+	namespace(t)
+	must(t, netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vx0"}, VxlanId: 7, Port: 4789}))
+	want := []uint16{4789}
+	err := netlink.LinkAdd(&netlink.Geneve{LinkAttrs: netlink.LinkAttrs{Name: "gnv0"}, ID: 7, Remote: net.IPv4(10, 0, 0, 9), Dport: 6082})
+	if !errors.Is(err, unix.EOPNOTSUPP) { // a kernel without Geneve
+		must(t, err)
+		want = append(want, 6082)
+	}
+	if got := Select(snapshot(t), Options{}).TunnelPorts; !slices.Equal(got, want) {
+		t.Errorf("tunnel ports %v, want %v", got, want)
+	}
+}

@@ -54,8 +54,8 @@ func (p patterns) excludes(device string) (string, bool) {
 	return "", false
 }
 
-// missing returns the exact names and prefixes that no link has. What is also
-// excluded is not missed.
+// missing returns the exact names that no link has. What is also excluded is not
+// missed.
 func (p patterns) missing(links []Link) []string {
 	var missing []string
 	for _, name := range p.exact {
@@ -64,13 +64,20 @@ func (p patterns) missing(links []Link) []string {
 			missing = append(missing, name)
 		}
 	}
-	for _, prefix := range p.prefixes {
-		if !slices.ContainsFunc(links, func(l Link) bool { return strings.HasPrefix(l.Name, prefix) }) {
-			missing = append(missing, prefix+"+")
-		}
-	}
 	slices.Sort(missing)
 	return slices.Compact(missing)
+}
+
+// unmatched returns the prefix patterns that no link matches.
+func (p patterns) unmatched(links []Link) []string {
+	var unmatched []string
+	for _, prefix := range p.prefixes {
+		if !slices.ContainsFunc(links, func(l Link) bool { return strings.HasPrefix(l.Name, prefix) }) {
+			unmatched = append(unmatched, prefix+"+")
+		}
+	}
+	slices.Sort(unmatched)
+	return slices.Compact(unmatched)
 }
 
 // String is the including part, as the reason texts show it.

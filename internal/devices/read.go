@@ -90,8 +90,20 @@ func newLink(l netlink.Link) Link {
 	a := l.Attrs()
 	return Link{
 		Index: a.Index, Name: a.Name, Kind: l.Type(), Hardware: a.EncapType,
-		Flags: a.RawFlags, Master: a.MasterIndex,
+		Flags: a.RawFlags, Master: a.MasterIndex, Port: tunnelPort(l),
 	}
+}
+
+// tunnelPort is where the kernel itself receives a tunnel's packets. That of
+// WireGuard is not part of the link, and netlink has no code to ask for it.
+func tunnelPort(l netlink.Link) uint16 {
+	switch l := l.(type) {
+	case *netlink.Vxlan:
+		return uint16(l.Port)
+	case *netlink.Geneve:
+		return l.Dport
+	}
+	return 0
 }
 
 func newAddr(a netlink.Addr) (Addr, bool) {

@@ -34,15 +34,18 @@ type Options struct {
 // Selection is what a Snapshot means for masquerading. All lists are sorted and
 // without duplicates.
 type Selection struct {
-	Devices []Selected // by name
-	Missing []string   // names and patterns of Options.Patterns that no device has
-	Skipped []Skipped  // by name: every other device
+	Devices   []Selected // by name
+	Missing   []string   // names of Options.Patterns that no device has
+	Unmatched []string   // prefixes of Options.Patterns that no device has: not a defect by itself
+	Skipped   []Skipped  // by name: every other device
 
 	// HostAddrs are the node's own addresses, without those of pod-side devices
 	// inside a source range (line 2 of the contract).
 	HostAddrs []netip.Addr
 
 	RouteSources []policy.RouteSource // see Options.RouteSource
+
+	TunnelPorts []uint16 // UDP ports on which tunnels of the node receive
 
 	// A unicast default route exists, in any table.
 	DefaultRoute4, DefaultRoute6 bool
@@ -95,11 +98,12 @@ func Select(s Snapshot, opt Options) Selection {
 		d.IPv4, d.Why4 = n.masqueradeAddr(d.Index, v4)
 		d.IPv6, d.Why6 = n.masqueradeAddr(d.Index, v6)
 	}
-	sel.Missing = n.patterns.missing(n.links)
+	sel.Missing, sel.Unmatched = n.patterns.missing(n.links), n.patterns.unmatched(n.links)
 	sel.HostAddrs = n.hostAddrs()
 	if opt.RouteSource {
 		sel.RouteSources = n.routeSources()
 	}
+	sel.TunnelPorts = tunnelPorts(n.links)
 	for _, r := range n.routes {
 		if r.Default() {
 			sel.DefaultRoute4 = sel.DefaultRoute4 || v4.has(r.Dst.Addr())
@@ -111,6 +115,17 @@ func Select(s Snapshot, opt Options) Selection {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Reason, b.Reason))
 	})
 	return sel
+}
+
+func tunnelPorts(links []Link) []uint16 {
+	var ports []uint16
+	for _, l := range links {
+		if l.Port != 0 {
+			ports = append(ports, l.Port)
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
 }
 
 // family is an address family.

@@ -73,11 +73,17 @@ func render(sel Selection) map[string][]string {
 	for _, m := range sel.Missing {
 		add("missing", "%s", m)
 	}
+	for _, u := range sel.Unmatched {
+		add("unmatched", "%s", u)
+	}
 	for _, a := range sel.HostAddrs {
 		add("host", "%s", a)
 	}
 	for _, r := range sel.RouteSources {
 		add("source", "%s %s", r.Prefix, r.Source)
+	}
+	for _, p := range sel.TunnelPorts {
+		add("tunnel", "%d", p)
 	}
 	if sel.DefaultRoute4 {
 		add("default", "IPv4")

@@ -34,6 +34,7 @@ type Link struct {
 	Hardware string // ARPHRD type by its name in `ip link` ("ether", "none", "ppp")
 	Flags    uint32 // IFF_*
 	Master   int    // ifindex of the bridge, bond or VRF; 0: none
+	Port     uint16 // UDP port on which a VXLAN or Geneve tunnel receives; 0: none is known
 }
 
 // Up tells whether the device is administratively up.

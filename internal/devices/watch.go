@@ -20,8 +20,8 @@ const (
 	resubscribe = time.Second
 )
 
-// Watch calls changed when links, addresses or routes of the calling thread's
-// network namespace may have changed, and once when the subscription stands: what
+// Watch calls changed when links, addresses, routes, qdiscs or tc filters of the
+// calling thread's network namespace may have changed, and once when the subscription stands: what
 // happens after a call is followed by another. It never says what changed; read
 // again. When messages were lost, it subscribes anew and calls changed.
 // Watch blocks until ctx is done, and then returns nil; it fails only when the
@@ -55,7 +55,7 @@ func Watch(ctx context.Context, log *slog.Logger, changed func()) error {
 
 func subscribe() (*nl.NetlinkSocket, error) {
 	sub, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
-		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_TC)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to network changes: %w", err)
 	}

@@ -8,7 +8,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/lab"
 )
@@ -54,6 +57,10 @@ func TestWatch(t *testing.T) {
 	addr4, addr6 := newIfaddr("10.0.2.15/24", nil), newIfaddr("2001:db8::15/64", nil)
 	route4 := &netlink.Route{Dst: ipNet("0.0.0.0/0"), Gw: net.IPv4(10, 0, 2, 2)}
 	route6 := &netlink.Route{Dst: ipNet("::/0"), Gw: net.ParseIP("2001:db8::2")}
+	clsact := &netlink.GenericQdisc{QdiscType: "clsact", QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
+	filter := &netlink.BpfFilter{Fd: program(t), DirectAction: true, FilterAttrs: netlink.FilterAttrs{
+		LinkIndex: eth0.Attrs().Index, Parent: netlink.HANDLE_MIN_EGRESS, Handle: 1, Priority: 1, Protocol: unix.ETH_P_ALL}}
 	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
 	for _, step := range []struct {
 		what string
@@ -67,6 +74,10 @@ func TestWatch(t *testing.T) {
 		{"delete IPv6 route", func() error { return netlink.RouteDel(route6) }},
 		{"delete IPv4 address", func() error { return netlink.AddrDel(eth0, addr4) }},
 		{"delete IPv6 address", func() error { return netlink.AddrDel(eth0, addr6) }},
+		{"add qdisc", func() error { return netlink.QdiscAdd(clsact) }},
+		{"add filter", func() error { return netlink.FilterAdd(filter) }},
+		{"delete filter", func() error { return netlink.FilterDel(filter) }},
+		{"delete qdisc", func() error { return netlink.QdiscDel(clsact) }},
 		{"add link", func() error { return netlink.LinkAdd(bridge) }},
 		{"set link up", func() error { return netlink.LinkSetUp(bridge) }},
 		{"delete link", func() error { return netlink.LinkDel(bridge) }},
@@ -85,6 +96,16 @@ func TestWatch(t *testing.T) {
 			t.Fatalf("%s: not seen", step.what)
 		}
 	}
+}
+
+// program is a tc program that passes everything.
+func program(t *testing.T) (fd int) {
+	t.Helper()
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "MIT",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()}})
+	must(t, err)
+	t.Cleanup(func() { p.Close() })
+	return p.FD()
 }
 
 // quiet waits until nothing of an earlier step is left to be reported (link-local
