@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"sync"
 )
 
 // Build checks in and returns the policy for it. in must not be changed afterwards.
@@ -64,27 +65,71 @@ func (p *Policy) indexDestinations() {
 	rules[lineNonMasq] = p.in.NonMasq
 	rules[linePod] = p.in.Pods
 
-	listed := make(map[netip.Prefix]Listed)
+	var mentions []mention
 	for _, n := range p.in.Nodes {
 		q := netip.PrefixFrom(n.Addr, n.Addr.BitLen())
-		listed[q] |= ListedNode
+		mentions = append(mentions, mention{q, ListedNode, Continue})
 		if p.exemptNode(n) {
 			rules[lineNode] = append(rules[lineNode], Rule{q, n.Origin})
 		}
 	}
 	for line, flag := range [lines]Listed{lineNative: ListedNative, lineNonMasq: ListedNonMasq, linePod: ListedPod} {
-		prefixes := make([]netip.Prefix, len(rules[line]))
-		for i, r := range rules[line] {
-			prefixes[i] = r.Prefix
-			listed[r.Prefix] |= flag
+		mentions = slices.Grow(mentions, len(rules[line]))
+		for _, r := range rules[line] {
+			mentions = append(mentions, mention{r.Prefix, flag, lineOutcome[line]})
 		}
-		p.byLine[line] = newIndex(prefixes, func(i int) Rule { return rules[line][i] })
+		p.byLine[line] = sync.OnceValue(func() index[Rule] { return ruleIndex(rules[line]) })
 	}
-	p.destinations = make([]Destination, 0, len(listed))
-	for q, l := range listed {
-		p.destinations = append(p.destinations, Destination{Prefix: q, Outcome: p.firstLine(q), Listed: l})
+	p.destinations = merge(mentions)
+}
+
+// mention is a prefix in one of the lists.
+type mention struct {
+	prefix  netip.Prefix
+	listed  Listed
+	outcome Outcome // Continue: none
+}
+
+// merge makes one entry of all mentions of a prefix. Sorted, every prefix follows
+// those that contain it, so these are on a stack.
+func merge(mentions []mention) []Destination {
+	slices.SortFunc(mentions, func(a, b mention) int { return ComparePrefixes(a.prefix, b.prefix) })
+	merged := make([]Destination, 0, len(mentions))
+	var containing []Destination
+	for i := 0; i < len(mentions); {
+		d := Destination{Prefix: mentions[i].prefix}
+		for ; i < len(mentions) && mentions[i].prefix == d.Prefix; i++ {
+			d.Listed |= mentions[i].listed
+			d.Outcome = earlier(d.Outcome, mentions[i].outcome)
+		}
+		for len(containing) > 0 && !containing[len(containing)-1].Prefix.Contains(d.Prefix.Addr()) {
+			containing = containing[:len(containing)-1]
+		}
+		if n := len(containing); n > 0 {
+			d.Outcome = earlier(d.Outcome, containing[n-1].Outcome)
+		}
+		containing = append(containing, d)
+		merged = append(merged, d)
 	}
-	slices.SortFunc(p.destinations, func(a, b Destination) int { return ComparePrefixes(a.Prefix, b.Prefix) })
+	return merged
+}
+
+// earlier is the outcome of the line that comes first; Continue is none.
+func earlier(a, b Outcome) Outcome {
+	for _, o := range lineOutcome {
+		if a == o || b == o {
+			return o
+		}
+	}
+	return Continue
+}
+
+func ruleIndex(rules []Rule) index[Rule] {
+	prefixes := make([]netip.Prefix, len(rules))
+	for i, r := range rules {
+		prefixes[i] = r.Prefix
+	}
+	return newIndex(prefixes, func(i int) Rule { return rules[i] })
 }
 
 // indexRoutes keeps one route for each prefix, the first that is mentioned.
@@ -109,16 +154,6 @@ func (p *Policy) exemptNode(n NodeAddr) bool {
 		return n.Type != ExternalIP
 	}
 	return true
-}
-
-// firstLine is the outcome of the first line with an entry that contains all of q.
-func (p *Policy) firstLine(q netip.Prefix) Outcome {
-	for line := range p.byLine {
-		if _, _, ok := p.byLine[line].covering(q); ok {
-			return lineOutcome[line]
-		}
-	}
-	return Continue
 }
 
 // ComparePrefixes is the order of every list of prefixes that users see: IPv4

@@ -67,7 +67,7 @@ func (p *Policy) Decide(pkt Packet) Decision {
 		return Decision{Outcome: PassMulticast, Match: linkLocal6, Origin: "default"}
 	}
 	for line := range p.byLine {
-		if match, rule, ok := p.byLine[line].lookup(pkt.Dst); ok {
+		if match, rule, ok := p.byLine[line]().lookup(pkt.Dst); ok {
 			return Decision{Outcome: lineOutcome[line], Match: match, Origin: rule.Origin}
 		}
 	}

@@ -31,18 +31,10 @@ func newIndex[V any](prefixes []netip.Prefix, value func(i int) V) index[V] {
 
 // lookup returns the longest entry that contains a.
 func (x index[V]) lookup(a netip.Addr) (netip.Prefix, V, bool) {
-	return x.covering(netip.PrefixFrom(a, a.BitLen()))
-}
-
-// covering returns the longest entry that contains all of p.
-func (x index[V]) covering(p netip.Prefix) (netip.Prefix, V, bool) {
-	for _, bits := range x.lengths[family(p.Addr())] {
-		if bits > p.Bits() {
-			continue
-		}
-		q := netip.PrefixFrom(p.Addr(), bits).Masked()
-		if v, ok := x.entries[q]; ok {
-			return q, v, true
+	for _, bits := range x.lengths[family(a)] {
+		p := netip.PrefixFrom(a, bits).Masked()
+		if v, ok := x.entries[p]; ok {
+			return p, v, true
 		}
 	}
 	var zero V

@@ -145,7 +145,7 @@ type Policy struct {
 	routeSources []RouteSource
 	srcIndex     index[int]
 	routes       index[netip.Addr]
-	byLine       [lines]index[Rule]
+	byLine       [lines]func() index[Rule] // made when Decide asks first: who only renders needs none
 }
 
 // A line of the contract's table (section 2) that is decided by destination.
