@@ -20,7 +20,8 @@ func (d *document) setList(v any) error {
 	if !ok {
 		return fmt.Errorf(": %s, expected a list", describe(v))
 	}
-	masked := 0
+	masked, origin := 0, "file "+d.path
+	d.rules = make([]policy.Rule, 0, len(items))
 	for i, item := range items {
 		text, ok := item.(string)
 		if !ok {
@@ -30,12 +31,13 @@ func (d *document) setList(v any) error {
 		if err != nil {
 			return fmt.Errorf("[%d]: %q: %w", i, text, err)
 		}
-		if p != p.Masked() {
+		network := p.Masked()
+		if p != network {
 			if masked++; masked <= maxWarnings {
-				d.warnings = append(d.warnings, fmt.Sprintf("%s[%d]: %q: bits are set behind the prefix length, taken for %s", keyCIDRs, i, text, p.Masked()))
+				d.warnings = append(d.warnings, fmt.Sprintf("%s[%d]: %q: bits are set behind the prefix length, taken for %s", keyCIDRs, i, text, network))
 			}
 		}
-		d.rules = append(d.rules, policy.Rule{Prefix: p.Masked(), Origin: "file " + d.path})
+		d.rules = append(d.rules, policy.Rule{Prefix: network, Origin: origin})
 	}
 	if masked > maxWarnings {
 		d.warnings = append(d.warnings, fmt.Sprintf("%s: %d more with bits set behind the prefix length", keyCIDRs, masked-maxWarnings))

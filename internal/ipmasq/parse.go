@@ -2,7 +2,6 @@ package ipmasq
 
 import (
 	"fmt"
-	"net/netip"
 	"strings"
 
 	"bauta.dev/bauta/internal/policy"
@@ -63,10 +62,10 @@ func Parse(fragments []Fragment, p Profile) (List, error) {
 			return List{}, fmt.Errorf("%s: nonMasqueradeCIDRs: %d CIDRs, more than cidrLimit %d", strings.Join(l.Files, ", "), items, limit)
 		}
 	}
+	l.finish()
 	if err := l.checkSize(); err != nil {
 		return List{}, err
 	}
-	l.finish()
 	return l, nil
 }
 
@@ -91,15 +90,14 @@ func (l *List) settle(content, hasList bool) {
 	}
 }
 
-// checkSize holds the number of prefixes to what the kernel's tables have room for.
+// checkSize holds the number of prefixes, of which none is there twice any more,
+// to what the kernel's tables have room for.
 func (l *List) checkSize() error {
-	seen := make(map[netip.Prefix]bool, len(l.Rules))
 	var count [2]int
 	for _, r := range l.Rules {
-		if seen[r.Prefix] || r.Prefix == linkLocal4 || r.Prefix == linkLocal6 {
+		if r.Prefix == linkLocal4 || r.Prefix == linkLocal6 {
 			continue // the tables have room for these two in any case
 		}
-		seen[r.Prefix] = true
 		family := 0
 		if r.Prefix.Addr().Is6() {
 			family = 1
