@@ -105,7 +105,7 @@ func (d *Datapath) attachPrograms(a *attachment) error {
 			err = d.attachLink(a, dir, prog)
 		} else {
 			a.filters = true
-			err = attachTC(d.opt.Root, a.index, dir, prog)
+			err = attachTC(d.opt.Root, a, dir, prog)
 		}
 		if err != nil {
 			return fmt.Errorf("attach %s to %s: %w", dir, a.name, err)
@@ -173,12 +173,10 @@ func (a *attachment) forgetDead() {
 			a.links[dir] = nil
 		}
 	}
-	if !a.filters {
-		return
+	if a.filters {
+		left, err := leftFilters(a.index)
+		a.filters = left || err != nil
 	}
-	out, err1 := ownFilters(a.index, egress)
-	in, err2 := ownFilters(a.index, ingress)
-	a.filters = len(out)+len(in) > 0 || err1 != nil || err2 != nil
 }
 
 // detachDrained detaches devices that are no masquerade devices any more, once no

@@ -166,7 +166,11 @@ func removeFilters(root string) ([]string, error) {
 	var removed []string
 	for _, dev := range devices {
 		index := dev.Attrs().Index
-		if !hasFilter(index, egress) && !hasFilter(index, ingress) {
+		left, err := leftFilters(index)
+		if err != nil {
+			return removed, err
+		}
+		if !left {
 			continue
 		}
 		if err := detachTC(root, index); err != nil {

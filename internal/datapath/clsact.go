@@ -33,8 +33,46 @@ func clsact(index int) netlink.Qdisc {
 	}
 }
 
+// kindClsact is the only kind of qdisc with a place for egress filters. The older
+// kind "ingress" has the same handle and takes what is meant for egress as well:
+// into its only chain, where it would run on packets that arrive.
+const kindClsact = "clsact"
+
+// filterQdisc is the kind of qdisc that holds the filters of a device; "" without one.
+func filterQdisc(index int) (string, error) {
+	device := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}
+	all, err := dump(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(device) })
+	if err != nil {
+		return "", fmt.Errorf("list qdiscs: %w", err)
+	}
+	for _, q := range all {
+		if q.Attrs().Parent == netlink.HANDLE_CLSACT {
+			return q.Type(), nil
+		}
+	}
+	return "", nil
+}
+
 // attachTC adds our filter, or gives the one that is there another program.
-func attachTC(root string, index int, dir direction, prog *ebpf.Program) error {
+func attachTC(root string, a *attachment, dir direction, prog *ebpf.Program) error {
+	if err := addQdisc(root, a.index); err != nil {
+		return err
+	}
+	err := checkQdisc(a)
+	if err == nil {
+		err = putFilter(a.index, dir, prog)
+	}
+	if err == nil {
+		err = checkQdisc(a) // it may have been another's turn in between
+	}
+	if noEgress := (*Error)(nil); errors.As(err, &noEgress) {
+		return errors.Join(err, deleteFilters(a.index))
+	}
+	return err
+}
+
+// addQdisc adds a clsact qdisc unless something is there already.
+func addQdisc(root string, index int) error {
 	switch err := netlink.QdiscAdd(clsact(index)); {
 	case err == nil:
 		if err := os.Mkdir(markQdisc(root, index), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
@@ -43,6 +81,24 @@ func attachTC(root string, index int, dir direction, prog *ebpf.Program) error {
 	case !errors.Is(err, unix.EEXIST):
 		return fmt.Errorf("add clsact: %w", err)
 	}
+	return nil
+}
+
+// checkQdisc returns an Error unless the filters of a device are in a clsact qdisc.
+func checkQdisc(a *attachment) error {
+	kind, err := filterQdisc(a.index)
+	if err != nil || kind == kindClsact {
+		return err
+	}
+	if kind == "" {
+		return errors.New("the clsact qdisc was removed meanwhile")
+	}
+	return hint(fmt.Errorf("device %s has an %s qdisc, which has no place for egress filters (replace it by clsact)", a.name, kind),
+		fmt.Sprintf("its filters go with it, those for arriving packets fit into clsact as well: "+
+			"tc qdisc del dev %s %s && tc qdisc add dev %s clsact", a.name, kind, a.name))
+}
+
+func putFilter(index int, dir direction, prog *ebpf.Program) error {
 	own, err := ownFilters(index, dir)
 	if err != nil {
 		return err
@@ -104,14 +160,25 @@ func ownFilters(index int, dir direction) ([]netlink.Filter, error) {
 	return own, err
 }
 
+// hasFilter tells whether a filter of ours runs in a direction.
 func hasFilter(index int, dir direction) bool {
 	own, err := ownFilters(index, dir)
-	return err == nil && len(own) > 0
+	if err != nil || len(own) == 0 {
+		return false
+	}
+	kind, err := filterQdisc(index)
+	return err == nil && kind == kindClsact
 }
 
-// detachTC removes our filters, and the qdisc if we made it and nobody else has a
-// filter in it by now.
-func detachTC(root string, index int) error {
+// leftFilters tells whether filters of ours are on a device, also where they do no good.
+func leftFilters(index int) (bool, error) {
+	out, err1 := ownFilters(index, egress)
+	in, err2 := ownFilters(index, ingress)
+	return len(out)+len(in) > 0, errors.Join(err1, err2)
+}
+
+// deleteFilters removes our filters, the egress one first to leave as it came.
+func deleteFilters(index int) error {
 	for _, dir := range [...]direction{egress, ingress} {
 		own, err := ownFilters(index, dir)
 		if err != nil {
@@ -123,6 +190,15 @@ func detachTC(root string, index int) error {
 			}
 		}
 	}
+	return nil
+}
+
+// detachTC removes our filters, and the qdisc if we made it and nobody else has a
+// filter in it by now.
+func detachTC(root string, index int) error {
+	if err := deleteFilters(index); err != nil {
+		return err
+	}
 	if _, err := os.Stat(markQdisc(root, index)); err != nil {
 		return nil
 	}
@@ -131,8 +207,13 @@ func detachTC(root string, index int) error {
 			return err // the qdisc is theirs from now on
 		}
 	}
-	if err := netlink.QdiscDel(clsact(index)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("delete clsact: %w", err)
+	switch kind, err := filterQdisc(index); {
+	case err != nil:
+		return err
+	case kind == kindClsact:
+		if err := netlink.QdiscDel(clsact(index)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("delete clsact: %w", err)
+		}
 	}
 	removeMark(root, index)
 	return nil

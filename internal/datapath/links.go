@@ -105,7 +105,10 @@ func (d *Datapath) takeOver() error {
 	for _, dev := range devices {
 		index := dev.Attrs().Index
 		a := d.attached[index]
-		filters := hasFilter(index, egress) || hasFilter(index, ingress)
+		filters, err := leftFilters(index)
+		if err != nil {
+			return err
+		}
 		if a == nil && !filters {
 			continue
 		}
