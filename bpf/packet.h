@@ -42,6 +42,8 @@ struct packet {
 	__u8 first_fragment; /* more fragments follow */
 	__u8 unkeyed; /* an ICMP error whose quote names no flow */
 	__be32 fragment_id;
+	__be16 ip_checksum; /* IPv4 */
+	__u16 pad;
 	__u32 l3, l4; /* offsets of the headers from the start of the data */
 	__u32 end; /* offset behind the packet, by the IP header */
 	__u32 segments, bytes; /* what counters add: GSO segments, bytes from the IP header on */

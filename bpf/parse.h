@@ -151,6 +151,7 @@ static __always_inline enum outcome parse_ipv4(struct __sk_buff *skb, struct pac
 	pkt->l4 = pkt->l3 + ihl;
 	pkt->end = pkt->l3 + bpf_ntohs(h.length);
 	pkt->fragment_id = h.id;
+	pkt->ip_checksum = h.checksum;
 	if (h.fragment & bpf_htons(IPV4_FRAGMENT_OFFSET)) {
 		pkt->kind = KIND_LATER;
 		pkt->defect = OUT_DROP_FRAGMENT;

@@ -23,25 +23,6 @@ static __noinline bool quote_parse(struct __sk_buff *skb, const struct packet *p
 	       quote->kind == KIND_REPLY || quote->kind == KIND_BARE;
 }
 
-static __always_inline __u16 csum_fold(__u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (sum & 0xffff) + (sum >> 16);
-}
-
-/* One's complement difference of a 16-bit word. */
-static __always_inline __u32 word_diff(__be16 from, __be16 to)
-{
-	return (__u16)~from + (__u32)to;
-}
-
-static __always_inline __be16 csum_apply(__be16 sum, __u64 diff)
-{
-	return (__u16)~csum_fold((__u16)~sum + diff);
-}
-
 /* Changes a checksum inside the quote by diff; adds what that does to the outer checksum. */
 static __always_inline long quote_fix_checksum(struct __sk_buff *skb, __u32 offset, __u64 diff,
 					       bool mangle_zero, __u64 *total)

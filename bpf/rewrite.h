@@ -63,18 +63,44 @@ static __always_inline __be16 packet_port(const struct packet *pkt, enum side si
 	return side == SOURCE ? pkt->sport : pkt->dport;
 }
 
-/* One's complement difference between two addresses of the packet's family. */
-static __always_inline __wsum addr_diff(const struct packet *pkt, struct addr *from,
-					struct addr *to)
+static __always_inline __u16 csum_fold(__u64 sum)
 {
-	if (is_ipv4(pkt))
-		return bpf_csum_diff(&from->w[3], 4, &to->w[3], 4, 0);
-	return bpf_csum_diff(from->w, 16, to->w, 16, 0);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* One's complement difference of a 16-bit word. */
+static __always_inline __u32 word_diff(__be16 from, __be16 to)
+{
+	return (__u16)~from + (__u32)to;
+}
+
+static __always_inline __be16 csum_apply(__be16 sum, __u64 diff)
+{
+	return (__u16)~csum_fold((__u16)~sum + diff);
+}
+
+/* One's complement difference between two addresses of the packet's family. In place: the helper
+ * for it takes longer than the additions. */
+static __always_inline __u32 addr_diff(const struct packet *pkt, const struct addr *from,
+				       const struct addr *to)
+{
+	__u64 sum = (__u64)(__u32)~from->w[3] + to->w[3];
+
+	if (!is_ipv4(pkt)) {
+		sum += (__u64)(__u32)~from->w[2] + to->w[2];
+		sum += (__u64)(__u32)~from->w[1] + to->w[1];
+		sum += (__u64)(__u32)~from->w[0] + to->w[0];
+	}
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return (sum & 0xffffffff) + (sum >> 32);
 }
 
 /* Moves the transport checksum by the difference of an address. */
 static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const struct packet *pkt,
-						  __u32 offset, __wsum diff)
+						  __u32 offset, __u32 diff)
 {
 	__u64 flags = BPF_F_PSEUDO_HDR;
 	long err;
@@ -92,19 +118,23 @@ static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const s
 	return err;
 }
 
-/* Writes the address in the IP header. */
+/* Writes the address in the IP header; in IPv4 the checksum stands before both addresses, and one
+ * store writes it with them. */
 static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *pkt, enum side side,
 					 const struct addr *to)
 {
-	struct addr *from = packet_addr(pkt, side);
+	struct {
+		__be16 pad, checksum;
+		__be32 src, dst;
+	} h = { .src = to->w[3], .dst = to->w[3] };
 
-	if (is_ipv4(pkt)) {
-		if (bpf_l3_csum_replace(skb, pkt->l3 + 10, from->w[3], to->w[3], 4))
-			return -1;
-		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 12 : 16), &to->w[3], 4,
-					   0);
-	}
-	return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 8 : 24), to, 16, 0);
+	if (!is_ipv4(pkt))
+		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 8 : 24), to, 16, 0);
+	h.checksum = csum_apply(pkt->ip_checksum, addr_diff(pkt, packet_addr(pkt, side), to));
+	if (side == SOURCE)
+		return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.checksum, 6, 0);
+	h.src = pkt->src.w[3];
+	return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.checksum, 10, 0);
 }
 
 /* Translates one side of the packet. */

@@ -157,6 +157,8 @@ type masqScratch struct {
 		FirstFragment uint8
 		Unkeyed       uint8
 		FragmentId    uint32
+		IpChecksum    uint16
+		Pad           uint16
 		L3            uint32
 		L4            uint32
 		End           uint32
@@ -178,6 +180,8 @@ type masqScratch struct {
 		FirstFragment uint8
 		Unkeyed       uint8
 		FragmentId    uint32
+		IpChecksum    uint16
+		Pad           uint16
 		L3            uint32
 		L4            uint32
 		End           uint32
