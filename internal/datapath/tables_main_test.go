@@ -64,69 +64,69 @@ func newBench(t testing.TB, ns *lab.NS, opt Options) *bench {
 	return r
 }
 
-func (r *bench) open() {
-	r.t.Helper()
-	if err := r.tryOpen(r.opt); err != nil {
-		r.t.Fatal(err)
+func (b *bench) open() {
+	b.t.Helper()
+	if err := b.tryOpen(b.opt); err != nil {
+		b.t.Fatal(err)
 	}
 }
 
-func (r *bench) tryOpen(opt Options) error {
-	return r.ns.Do(func() error {
+func (b *bench) tryOpen(opt Options) error {
+	return b.ns.Do(func() error {
 		d, err := Open(opt)
 		if err == nil {
-			r.Datapath = d
+			b.Datapath = d
 		}
 		return err
 	})
 }
 
-func (r *bench) close() {
-	r.t.Helper()
-	if r.Datapath == nil {
+func (b *bench) close() {
+	b.t.Helper()
+	if b.Datapath == nil {
 		return
 	}
-	if err := r.Datapath.Close(); err != nil {
-		r.t.Error(err)
+	if err := b.Datapath.Close(); err != nil {
+		b.t.Error(err)
 	}
-	r.Datapath = nil
+	b.Datapath = nil
 }
 
-func (r *bench) tryApply(in policy.Input) error {
+func (b *bench) tryApply(in policy.Input) error {
 	p, err := policy.Build(in)
 	if err != nil {
 		return err
 	}
-	return r.ns.Do(func() error { return r.Apply(context.Background(), p) })
+	return b.ns.Do(func() error { return b.Apply(context.Background(), p) })
 }
 
-func (r *bench) apply(in policy.Input) {
-	r.t.Helper()
-	if err := r.tryApply(in); err != nil {
-		r.t.Fatal(err)
+func (b *bench) apply(in policy.Input) {
+	b.t.Helper()
+	if err := b.tryApply(in); err != nil {
+		b.t.Fatal(err)
 	}
 }
 
-func (r *bench) sweep() Swept {
-	r.t.Helper()
+func (b *bench) sweep() Swept {
+	b.t.Helper()
 	var s Swept
-	err := r.ns.Do(func() (err error) {
-		s, err = r.Sweep(context.Background())
+	err := b.ns.Do(func() (err error) {
+		s, err = b.Sweep(context.Background())
 		return err
 	})
 	if err != nil {
-		r.t.Fatal(err)
+		b.t.Fatal(err)
 	}
 	return s
 }
 
 // attachments are those the data plane knows, and those a reader sees: they agree.
-func (r *bench) attachments() []Attachment {
-	r.t.Helper()
+func (b *bench) attachments() []Attachment {
+	b.t.Helper()
 	var own, seen []Attachment
-	err := r.ns.Do(func() error {
-		own = r.Attached()
-		in, err := Inspect(r.opt.Root)
+	err := b.ns.Do(func() error {
+		own = b.Attached()
+		in, err := Inspect(b.opt.Root)
 		if err != nil {
 			return err
 		}
@@ -135,30 +135,30 @@ func (r *bench) attachments() []Attachment {
 		return err
 	})
 	if err != nil {
-		r.t.Fatal(err)
+		b.t.Fatal(err)
 	}
 	if fmt.Sprint(own) != fmt.Sprint(seen) {
-		r.t.Errorf("attached %v, a reader sees %v", own, seen)
+		b.t.Errorf("attached %v, a reader sees %v", own, seen)
 	}
 	return own
 }
 
-func (r *bench) inspect(f func(*Inspector) error) {
-	r.t.Helper()
-	in, err := Inspect(r.opt.Root)
+func (b *bench) inspect(f func(*Inspector) error) {
+	b.t.Helper()
+	in, err := Inspect(b.opt.Root)
 	if err != nil {
-		r.t.Fatal(err)
+		b.t.Fatal(err)
 	}
 	defer in.Close()
 	if err := f(in); err != nil {
-		r.t.Fatal(err)
+		b.t.Fatal(err)
 	}
 }
 
 // count is the number of packets with an outcome, in both directions and families.
-func (r *bench) count(o policy.Outcome) (n uint64) {
-	r.t.Helper()
-	r.inspect(func(in *Inspector) error {
+func (b *bench) count(o policy.Outcome) (n uint64) {
+	b.t.Helper()
+	b.inspect(func(in *Inspector) error {
 		counts, err := in.Counts()
 		for _, c := range counts {
 			if c.Outcome == o {

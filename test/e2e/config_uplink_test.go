@@ -101,14 +101,6 @@ func (w *uplink) drops(dst netip.Addr, reason string) {
 	}
 }
 
-// leaks counts what arrived with a source inside the pods' ranges.
-func (w *uplink) leaks() *lab.Counter {
-	return w.capture.Count(func(p lab.Packet) bool {
-		f, ok := lab.ParseFrame(p.Data)
-		return ok && (lab.PodRange4.Contains(f.Src) || lab.PodRange6.Contains(f.Src))
-	})
-}
-
 // state is the status, asked for without a process.
 func (n *node) state() agent.Status {
 	n.t.Helper()

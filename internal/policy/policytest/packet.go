@@ -48,7 +48,7 @@ func parseCase(line string) (Case, error) {
 	left, right, _ := strings.Cut(line, " -> ")
 	words := strings.Fields(left)
 	if len(words) < 4 || words[2] != ">" {
-		return c, fmt.Errorf("%q: want PROTOCOL SRC > DST ...", left)
+		return c, fmt.Errorf("%q: want PROTOCOL SRC > DST and so on", left)
 	}
 	proto, ok := protocols[words[0]]
 	if !ok {
