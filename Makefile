@@ -13,7 +13,7 @@ help: ## this list
 
 build: ## the static binary ./bauta
 	@tools/need demo
-	go build $(GOFLAGS_BUILD) -o bauta ./cmd/bauta
+	go build -buildvcs=auto $(GOFLAGS_BUILD) -o bauta ./cmd/bauta
 
 demo: build ## the main job, proved in network namespaces on this machine (root, 20 s)
 	./bauta demo

@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"bauta.dev/bauta/internal/datapath"
 )
 
 // version is set by release builds: -ldflags "-X bauta.dev/bauta/internal/cli.version=v1.2.3".
@@ -19,10 +21,11 @@ type versionInfo struct {
 	Modified bool   `json:"modified,omitempty"` // the commit, with local changes
 	Go       string `json:"go"`
 	Platform string `json:"platform"`
+	Object   string `json:"object"` // tag of the embedded BPF object
 }
 
 func (a *app) version() versionInfo {
-	v := versionInfo{Version: a.Version, Commit: "unknown", Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
+	v := versionInfo{Version: a.Version, Commit: "unknown", Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, Object: datapath.ObjectTag()}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		v.Version = cmp.Or(v.Version, strings.Trim(info.Main.Version, "()")) // "(devel)" in tests and plain builds
 		for _, s := range info.Settings {
@@ -64,5 +67,6 @@ func (v versionInfo) text() string {
 	return table(
 		[]string{"bauta", v.Version},
 		[]string{"commit", commit},
-		[]string{"go", v.Go + " " + v.Platform})
+		[]string{"go", v.Go + " " + v.Platform},
+		[]string{"object", v.Object})
 }
