@@ -140,6 +140,7 @@ func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *l
 		options: &optionFiles{running: cfg, sources: opt.ConfigSources},
 		agent:   AgentStatus{State: Running, PID: os.Getpid(), Version: opt.Version, Started: time.Now()},
 	}
+	l.facts.ports = cfg.Ports(nil) // never empty
 	if cfg.IPMasqAgent {
 		l.ipMasq = &ipMasqFile{path: cfg.IPMasqAgentPath, profile: ipmasq.Profile(cfg.IPMasqAgentProfile)}
 	}

@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -89,10 +90,19 @@ func rules(list []policy.Rule) string {
 
 // fakeKernel writes what it would do, a line each.
 type fakeKernel struct {
-	lines    []string
-	refuse   atomic.Pointer[error] // the answer to Apply
+	lines   []string
+	refuse  atomic.Pointer[error] // the answer to Apply
+	started time.Time
+
+	mu       sync.Mutex
 	attached []datapath.Attachment
-	started  time.Time
+}
+
+// change changes what is attached.
+func (k *fakeKernel) change(f func([]datapath.Attachment) []datapath.Attachment) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.attached = f(k.attached)
 }
 
 func (k *fakeKernel) set(refuse error) { k.refuse.Store(&refuse) }
@@ -102,11 +112,15 @@ func (k *fakeKernel) say(format string, args ...any) {
 }
 
 func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
-	var devs []string
-	k.attached = nil
+	var devs, bad []string
+	var attached []datapath.Attachment
 	for _, d := range p.Input().Devices {
 		devs = append(devs, fmt.Sprintf("%s %s", d.Name, d.IPv4))
-		k.attached = append(k.attached, datapath.Attachment{Device: d.Name, Index: d.Index, Hook: datapath.HookTCX})
+		if strings.HasPrefix(d.Name, "bad") { // can't be attached
+			bad = append(bad, d.Name)
+			continue
+		}
+		attached = append(attached, datapath.Attachment{Device: d.Name, Index: d.Index, Hook: datapath.HookTCX})
 	}
 	var nonMasq []string
 	for _, r := range p.Input().NonMasq {
@@ -120,6 +134,12 @@ func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
 		k.say("%s: %v", text, *err)
 		return *err
 	}
+	k.change(func([]datapath.Attachment) []datapath.Attachment { return attached })
+	if len(bad) > 0 {
+		err := fmt.Errorf("%w: %s", datapath.ErrAttach, strings.Join(bad, " "))
+		k.say("%s: %v", text, err)
+		return err
+	}
 	k.say("%s", text)
 	return nil
 }
@@ -129,8 +149,12 @@ func (k *fakeKernel) Sweep(context.Context) (datapath.Swept, error) {
 	return datapath.Swept{}, nil
 }
 
-func (k *fakeKernel) Attached() []datapath.Attachment { return k.attached }
-func (k *fakeKernel) Close() error                    { return nil }
+func (k *fakeKernel) Attached() []datapath.Attachment {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.attached)
+}
+func (k *fakeKernel) Close() error { return nil }
 
 // fakeInspector is what a kernel would tell.
 type fakeInspector struct {

@@ -14,10 +14,10 @@ import (
 type facts struct {
 	network  devices.Snapshot
 	attached []datapath.Attachment
-	reserved []config.PortRange // ip_local_reserved_ports
-	nonMasq  []policy.Rule      // the ip-masq-agent list in force
-	nodes    []policy.NodeAddr  // those of the nodes-file in force
-	noIPv6   bool               // the kernel has no IPv6
+	ports    []uint16          // the external ones
+	nonMasq  []policy.Rule     // the ip-masq-agent list in force
+	nodes    []policy.NodeAddr // those of the nodes-file in force
+	noIPv6   bool              // the kernel has no IPv6
 }
 
 // wanted is what options and facts amount to.
@@ -47,7 +47,7 @@ func assemble(cfg config.Config, f facts) wanted {
 		UnknownProtocols: cfg.UnknownProtocols,
 		Devices:          sel.PolicyDevices(),
 		RouteSources:     sel.RouteSources,
-		Ports:            cfg.Ports(f.reserved),
+		Ports:            f.ports,
 		Timeouts:         cfg.Timeouts,
 	}
 	// What concerns a family that is off is not in force, so nobody lists it.

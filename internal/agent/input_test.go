@@ -16,7 +16,11 @@ import (
 // facts of a node with two uplinks.
 func nodeFacts() facts {
 	s := device(devices.Snapshot{}, 2, "eth0", "192.0.2.1/24", "2001:db8::1/64")
-	return facts{network: device(s, 3, "eth1", "198.51.100.1/24")}
+	return facts{network: device(s, 3, "eth1", "198.51.100.1/24"), ports: externalPorts(32768, 65535)}
+}
+
+func externalPorts(first, last uint16) []uint16 {
+	return config.Config{SNATPorts: []config.PortRange{{First: first, Last: last}}}.Ports(nil)
 }
 
 func TestAssemble(t *testing.T) {
@@ -124,11 +128,33 @@ func (w wanted) String() string {
 }
 
 func TestReservedPortsAreLeftOut(t *testing.T) {
-	f := nodeFacts()
-	f.reserved = []config.PortRange{{First: 40000, Last: 40001}}
-	ports := assemble(load(t, "pod-cidrs=10.1.0.0/16", "reserved-ports=50000"), f).input.Ports
-	if got, want := portRanges(ports), "32768-39999,40002-49999,50001-65535"; got != want {
+	l := newLoop(load(t, "pod-cidrs=10.1.0.0/16", "reserved-ports=50000"), Options{}, t.TempDir(), quiet)
+	l.reserved = []config.PortRange{{First: 40000, Last: 40001}}
+	l.facts.network = devices.Snapshot{Links: []devices.Link{{Index: 2, Name: "vx0", Kind: "vxlan", Port: 51820}}}
+	l.readPool()
+	if got, want := portRanges(l.facts.ports), "32768-39999,40002-49999,50001-51819,51821-65535"; got != want {
 		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// A pool that would be empty is not taken.
+func TestPoolIsNeverEmpty(t *testing.T) {
+	l := newLoop(load(t, "pod-cidrs=10.1.0.0/16", "snat-port-range=40000-40003"), Options{}, t.TempDir(), quiet)
+	for _, c := range []struct {
+		first, last uint16
+		want        string
+		refused     bool
+	}{
+		{32768, 65535, "40000-40003", true}, // at first start: what the options give
+		{40001, 40001, "40000,40002-40003", false},
+		{1, 65535, "40000,40002-40003", true}, // the last good one
+		{1, 2, "40000-40003", false},
+	} {
+		l.reserved = []config.PortRange{{First: c.first, Last: c.last}}
+		l.readPool()
+		if got := portRanges(l.facts.ports); got != c.want || (l.portsError != "") != c.refused {
+			t.Errorf("reserved %d-%d: %s (%s), want %s", c.first, c.last, got, l.portsError, c.want)
+		}
 	}
 }
 

@@ -72,10 +72,16 @@ func (s Status) Degraded() []string {
 			add("config rejected: %s", problem)
 		}
 	}
-	if s.Agent.Error != "" {
+	switch {
+	case s.Agent.Error != "":
 		add("policy not applied: %s", s.Agent.Error)
-	} else if s.Agent.State == Running && !s.Agent.Ready {
+	case s.Agent.AttachError != "":
+		add("%s", s.Agent.AttachError)
+	case s.Agent.State == Running && !s.Agent.Ready:
 		add("no policy applied yet")
+	}
+	if s.Ports.Error != "" {
+		add("%s", s.Ports.Error)
 	}
 	if !s.Masquerading.Enabled {
 		return reasons

@@ -37,7 +37,8 @@ type signals struct {
 
 // timing of the loop; tests shorten it.
 type timing struct {
-	gap      time.Duration // least time between two applies
+	health   time.Duration // how often to look whether devices are still attached
+	patience time.Duration // after that systemd goes on, with or without a policy
 	confirm  time.Duration // after news of files, when they are read once more
 	resync   time.Duration // how often everything is checked without any news
 	sweep    time.Duration
@@ -46,7 +47,8 @@ type timing struct {
 }
 
 var defaultTiming = timing{
-	gap:      100 * time.Millisecond,
+	health:   500 * time.Millisecond,
+	patience: 45 * time.Second, // less than TimeoutStartSec of the unit
 	confirm:  500 * time.Millisecond,
 	resync:   30 * time.Second,
 	sweep:    5 * time.Second,
@@ -72,19 +74,21 @@ type loop struct {
 	nodes   *nodesFile  // nil: none
 	options *optionFiles
 
-	facts facts
-	stale stale // what of the facts is to be read again
-	force bool  // apply even if nothing changed
+	facts    facts
+	reserved []config.PortRange // ip_local_reserved_ports
+	stale    stale              // what of the facts is to be read again
+	force    bool               // apply even if nothing changed
 
-	wanted    wanted
-	inForce   *wanted    // nil: nothing applied by this agent
-	written   PolicyFile // policy.json as it is
-	writeErr  error
-	agent     AgentStatus
-	attempted time.Time
-	retry     time.Duration // pause after the last error; zero: there was none
-	sweepErr  error
-	warned    []string // that the log has
+	wanted     wanted
+	inForce    *wanted    // nil: nothing applied by this agent
+	written    PolicyFile // policy.json as it is
+	writeErr   error
+	agent      AgentStatus
+	attempted  bool
+	retry      time.Duration // pause after the last error; zero: there was none
+	sweepErr   error
+	portsError string   // why the pool is not what it should be
+	warned     []string // that the log has
 
 	published atomic.Pointer[view]
 }
@@ -96,9 +100,10 @@ var allStale = stale{true, true, true, true, true}
 
 // run reconciles until ctx is done.
 func (l *loop) run(ctx context.Context) error {
-	resync, sweep := time.NewTicker(l.timing.resync), time.NewTicker(l.timing.sweep)
+	resync, sweep, health := time.NewTicker(l.timing.resync), time.NewTicker(l.timing.sweep), time.NewTicker(l.timing.health)
 	defer resync.Stop()
 	defer sweep.Stop()
+	defer health.Stop()
 	var alive <-chan time.Time
 	if l.systemd.watchdog > 0 {
 		ticker := time.NewTicker(l.systemd.watchdog)
@@ -113,7 +118,9 @@ func (l *loop) run(ctx context.Context) error {
 	confirm := time.NewTimer(l.timing.confirm)
 	confirm.Stop()
 	defer confirm.Stop()
-	soon := func() { due.Reset(max(0, time.Until(l.attempted.Add(l.timing.gap)))) }
+	patience := time.NewTimer(l.timing.patience)
+	defer patience.Stop()
+	soon := func() { due.Reset(0) } // the watchers have collected bursts
 	l.stale, l.force = allStale, true
 	for {
 		select {
@@ -138,18 +145,27 @@ func (l *loop) run(ctx context.Context) error {
 			l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
 			soon()
 		case <-resync.C:
-			// What others did to our attachments makes no news.
 			l.stale, l.force = allStale, true
 			soon()
+		case <-health.C:
+			// A detached link makes no news, unlike a removed qdisc. Packets leak
+			// until it is back.
+			if l.damaged() {
+				l.stale.network = true
+				soon()
+			}
+		case <-patience.C:
+			if !l.agent.Ready {
+				l.log.Warn("no policy in force yet, the service manager may go on", "after", l.timing.patience)
+				l.systemd.ready()
+			}
 		case <-l.signals.reload:
 			l.systemd.reloading()
 			l.log.Info("reloading")
 			l.stale, l.force = allStale, true
 			confirm.Reset(l.timing.confirm)
 			l.reconcile(ctx, due)
-			if l.agent.Ready {
-				l.systemd.ready()
-			}
+			l.systemd.reloaded()
 		case <-due.C:
 			l.reconcile(ctx, due)
 		case <-sweep.C:
@@ -163,18 +179,23 @@ func (l *loop) run(ctx context.Context) error {
 // reconcile makes the kernel follow the facts, tells the world, and says when to
 // try again.
 func (l *loop) reconcile(ctx context.Context, due *time.Timer) {
-	l.attempted = time.Now()
+	l.attempted = true
 	err := l.follow(ctx)
 	if ctx.Err() != nil {
 		return // what was cut short is no error
 	}
-	l.agent.Error = ""
+	l.agent.Error, l.agent.AttachError = "", ""
 	if err != nil {
-		l.agent.Error = err.Error()
+		message := "policy not applied, retrying"
+		if errors.Is(err, datapath.ErrAttach) {
+			message, l.agent.AttachError = "policy applied, but not to every device, retrying", err.Error()
+		} else {
+			l.agent.Error = err.Error()
+		}
 		l.retry = min(max(2*l.retry, l.timing.retry), l.timing.maxRetry)
 		// Whatever was wrong may be so no more: look again at what changes by itself.
 		l.stale.network, l.stale.reserved, l.force = true, true, true
-		l.log.Warn("policy not applied, retrying", "error", err, "after", l.retry)
+		l.log.Warn(message, "error", err, "after", l.retry)
 		due.Reset(l.retry)
 	} else {
 		l.retry = 0
@@ -188,8 +209,8 @@ func (l *loop) follow(ctx context.Context) error {
 		return err
 	}
 	l.wanted = assemble(l.cfg, l.facts)
-	news := l.inForce == nil || !reflect.DeepEqual(l.wanted.input, l.inForce.input)
-	if !news && !l.force {
+	news := l.inForce == nil || !same(l.wanted.input, l.inForce.input)
+	if !news && !l.force && complete(l.facts.attached, l.wanted.input.Devices) {
 		l.settle()
 		return nil
 	}
@@ -205,18 +226,49 @@ func (l *loop) follow(ctx context.Context) error {
 	l.settle()
 	l.force = false
 	l.agent.LastApply = time.Now()
-	if !l.agent.Ready {
+	if !l.agent.Ready && (attach == nil || onSome(l.kernel.Attached(), l.wanted.input.Devices)) {
 		l.agent.Ready = true
 		l.systemd.ready()
 	}
 	if news {
 		l.logApplied(l.wanted.input)
 	}
-	if before != nil && loses(before.input, l.wanted.input) {
-		l.sweep(ctx) // the mappings of an address end with it
+	if before == nil && l.earlier.applied || before != nil && loses(before.input, l.wanted.input) {
+		l.sweep(ctx) // the mappings of an address end with it; it may be gone since an earlier agent
 	}
 	l.force = attach != nil // the policy is in force; the rest is tried again
 	return attach
+}
+
+// same tells whether two inputs are equal. The long lists are compared without
+// reflection, which takes longer than all the rest.
+func same(a, b policy.Input) bool {
+	if !slices.Equal(a.NonMasq, b.NonMasq) || !slices.Equal(a.Nodes, b.Nodes) || !slices.Equal(a.Ports, b.Ports) {
+		return false
+	}
+	a.NonMasq, a.Nodes, a.Ports = nil, nil, nil
+	b.NonMasq, b.Nodes, b.Ports = nil, nil, nil
+	return reflect.DeepEqual(a, b)
+}
+
+// complete tells whether all of the devices are attached.
+func complete(attached []datapath.Attachment, devices []policy.Device) bool {
+	return !slices.ContainsFunc(devices, func(d policy.Device) bool { return !on(attached, d) })
+}
+
+// onSome tells whether a device is attached, if there is one.
+func onSome(attached []datapath.Attachment, devices []policy.Device) bool {
+	return slices.ContainsFunc(devices, func(d policy.Device) bool { return on(attached, d) })
+}
+
+func on(attached []datapath.Attachment, d policy.Device) bool {
+	return slices.ContainsFunc(attached, func(a datapath.Attachment) bool { return a.Index == d.Index && !a.Draining })
+}
+
+// damaged tells whether programs of the policy in force are no longer on their
+// device. After an error the retry looks at that anyway.
+func (l *loop) damaged() bool {
+	return l.inForce != nil && l.retry == 0 && !complete(l.kernel.Attached(), l.inForce.input.Devices)
 }
 
 // settle notes that what is wanted is in force. Reasons may have changed even
@@ -255,9 +307,25 @@ func (l *loop) read() error {
 		if err != nil {
 			return fmt.Errorf("read reserved ports: %w", err)
 		}
-		l.facts.reserved, l.stale.reserved = reserved, false
+		l.reserved, l.stale.reserved = reserved, false
 	}
+	l.readPool()
 	return nil
+}
+
+// readPool finds the external ports. A pool that would be empty is not taken:
+// applying nothing any more were worse than using ports that somebody reserved.
+func (l *loop) readPool() {
+	taken := slices.Clone(l.reserved)
+	for _, p := range l.facts.network.TunnelPorts() {
+		taken = append(taken, config.PortRange{First: p, Last: p})
+	}
+	if pool := l.cfg.Ports(taken); len(pool) > 0 {
+		l.facts.ports, l.portsError = pool, ""
+		return
+	}
+	l.portsError = fmt.Sprintf("no external port is left without ip_local_reserved_ports and the ports of tunnels, %s stay in use (widen snat-port-range)",
+		portRanges(l.facts.ports))
 }
 
 // attached are the devices with our programs on them. Before the first apply only
@@ -284,6 +352,9 @@ func ownAddrs(in policy.Input) []netip.Addr {
 	addrs := slices.Clone(in.HostAddrs)
 	for _, d := range in.Devices {
 		addrs = append(addrs, d.IPv4, d.IPv6)
+	}
+	for _, r := range in.RouteSources {
+		addrs = append(addrs, r.Source)
 	}
 	return addrs
 }

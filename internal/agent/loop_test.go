@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -99,17 +101,18 @@ func TestLoopFollowsChanges(t *testing.T) {
 			write(t, b.list, strings.ReplaceAll(goodList, "10.0.0.0/8", "10.0.0.0/9"))
 			b.signals.ipMasq.put()
 			after(10 * time.Millisecond)
-			for i := range 5 { // many changes are one
+			for i := range 5 {
 				b.set(func() { b.network = device(b.network, 3+i, fmt.Sprintf("eth%d", 1+i), "198.51.100.1/24") })
+			}
+			for range 5 { // much news is one
 				b.signals.network.put()
-				after(10 * time.Millisecond)
 			}
 			after(time.Second)
 		})
 		check(t, got, `
 			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0
 			 2.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/9] nodes=0
-			 2.10s apply devices=[eth0 192.0.2.1 eth1 198.51.100.1 eth2 198.51.100.1 eth3 198.51.100.1 eth4 198.51.100.1 eth5 198.51.100.1] nonmasq=[10.0.0.0/9] nodes=0`)
+			 2.01s apply devices=[eth0 192.0.2.1 eth1 198.51.100.1 eth2 198.51.100.1 eth3 198.51.100.1 eth4 198.51.100.1 eth5 198.51.100.1] nonmasq=[10.0.0.0/9] nodes=0`)
 	})
 }
 
@@ -193,6 +196,186 @@ func TestLoopSurvivesAnUnreadableNetwork(t *testing.T) {
 			after(time.Second)
 		})
 		check(t, got, " 0.25s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0")
+	})
+}
+
+// What is detached behind the agent's back is attached again within a second, also
+// without news.
+func TestLoopAttachesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		got := b.run(t, func() {
+			after(1100 * time.Millisecond)
+			b.kernel.change(func([]datapath.Attachment) []datapath.Attachment { return nil })
+			after(time.Second)
+			b.kernel.change(func(a []datapath.Attachment) []datapath.Attachment { a[0].Draining = true; return a })
+			b.signals.network.put() // as a removed qdisc makes
+			after(time.Second)
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0
+			 1.50s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0
+			 2.10s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0`)
+	})
+}
+
+// With one device that can't be attached the policy is in force: the agent is
+// ready, says what is wrong, writes policy.json, ends mappings, and goes on trying.
+func TestLoopWithADeviceThatCannotBeAttached(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.network = device(b.network, 3, "bad0", "198.51.100.1/24")
+		got := b.run(t, func() {
+			s, _ := b.published.Load().status(time.Now(), fakeInspector{applied: true, attached: b.kernel.Attached()})
+			want := "device not attached: bad0; device bad0 is not attached"
+			if got := strings.Join(s.Degraded(), "; "); got != want || !s.Agent.Ready || s.Agent.Error != "" {
+				t.Errorf("degraded: %s\nwant %s\n%+v", got, want, s.Agent)
+			}
+			if f, err := ReadPolicyFile(b.runDir); err != nil || len(f.Devices) != 2 {
+				t.Errorf("policy.json: %+v %v", f.Devices, err)
+			}
+			after(2 * time.Second)
+			b.set(func() {
+				b.network = device(device(devices.Snapshot{}, 2, "eth0", "192.0.2.7/24"), 3, "bad0", "198.51.100.1/24")
+			})
+			b.signals.network.put()
+			after(10 * time.Millisecond)
+			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Devices[1].IPv4.String() != "192.0.2.7" {
+				t.Errorf("policy.json: %+v %v", f.Devices, err)
+			}
+			b.set(func() { b.network.Links[1].Name = "good0" })
+			b.signals.network.put()
+			after(10 * time.Millisecond)
+			if s, _ := b.published.Load().status(time.Now(), fakeInspector{attached: b.kernel.Attached()}); len(s.Degraded()) > 0 || !s.Agent.Ready {
+				t.Errorf("attached at last: %v", s.Degraded())
+			}
+		})
+		check(t, got, `
+			 0.00s apply devices=[bad0 198.51.100.1 eth0 192.0.2.1] nonmasq=[] nodes=0: device not attached: bad0
+			 0.25s apply devices=[bad0 198.51.100.1 eth0 192.0.2.1] nonmasq=[] nodes=0: device not attached: bad0
+			 0.75s apply devices=[bad0 198.51.100.1 eth0 192.0.2.1] nonmasq=[] nodes=0: device not attached: bad0
+			 1.75s apply devices=[bad0 198.51.100.1 eth0 192.0.2.1] nonmasq=[] nodes=0: device not attached: bad0
+			 2.00s apply devices=[bad0 198.51.100.1 eth0 192.0.2.7] nonmasq=[] nodes=0: device not attached: bad0
+			 2.00s sweep
+			 2.01s apply devices=[eth0 192.0.2.7 good0 198.51.100.1] nonmasq=[] nodes=0`)
+	})
+}
+
+// Attached to none of its devices, the agent is not ready.
+func TestLoopWithoutAnyDeviceAttached(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.network = device(devices.Snapshot{}, 3, "bad0", "198.51.100.1/24")
+		b.run(t, func() {
+			if s, _ := b.published.Load().status(time.Now(), nil); s.Agent.Ready || s.Agent.AttachError == "" || s.Agent.LastApply.IsZero() {
+				t.Errorf("%+v", s.Agent)
+			}
+			b.set(func() { b.network.Links[0].Name = "good0" })
+			after(time.Second)
+			if s, _ := b.published.Load().status(time.Now(), nil); !s.Agent.Ready || s.Agent.AttachError != "" {
+				t.Errorf("%+v", s.Agent)
+			}
+		})
+	})
+}
+
+// Mappings of an address that left while no agent ran end with the first apply.
+func TestLoopSweepsAfterAnEarlierAgent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.earlier.applied = true
+		check(t, b.run(t, func() {}), `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=0
+			 0.00s sweep`)
+	})
+}
+
+// Reserved ports that leave none do not stop anything else.
+func TestLoopKeepsItsPorts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "enable-ip-masq-agent=true", "snat-port-range=40000-40009")
+		write(t, b.list, goodList)
+		b.readReserved = func() ([]config.PortRange, error) { return []config.PortRange{{First: 1, Last: 65535}}, nil }
+		got := b.run(t, func() {
+			after(time.Second)
+			write(t, b.list, strings.ReplaceAll(goodList, "10.0.0.0/8", "10.0.0.0/9"))
+			b.signals.ipMasq.put()
+			after(100 * time.Millisecond)
+			s, _ := b.published.Load().status(time.Now(), fakeInspector{attached: b.kernel.Attached()})
+			if got := strings.Join(s.Degraded(), "; "); !strings.Contains(got, "40000-40009 stay in use") || !s.Agent.Ready || s.Ports.Pool != 10 {
+				t.Errorf("degraded: %s; %+v", got, s.Ports)
+			}
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0
+			 1.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/9] nodes=0`)
+	})
+}
+
+// A prefix that no device matches is no defect while another device is there.
+func TestUnmatchedPrefixIsANote(t *testing.T) {
+	for _, c := range []struct{ devices, degraded, warnings string }{
+		{"eth0,wlan+", "", "devices: no device matches wlan+ now: one that does will be attached when it appears"},
+		{"wlan+", "no device to masquerade on", "devices: no device matches wlan+ now: one that does will be attached when it appears"},
+		{"eth0,wlan0", "device wlan0 is missing", "device wlan0 is missing: it will be attached when it appears"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBench(t, "devices="+c.devices)
+			b.run(t, func() {
+				s, _ := b.published.Load().status(time.Now(), fakeInspector{attached: b.kernel.Attached()})
+				if got := strings.Join(s.Degraded(), "; "); got != c.degraded {
+					t.Errorf("%s: degraded %q, want %q", c.devices, got, c.degraded)
+				}
+				if got := s.Warnings[len(s.Warnings)-1]; got != c.warnings {
+					t.Errorf("%s: warnings %q, want %q", c.devices, got, c.warnings)
+				}
+			})
+		})
+	}
+}
+
+// told is what systemd was told.
+type told struct {
+	net.Conn
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (c *told) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return fmt.Fprintf(&c.text, "%s\n", b)
+}
+
+func (c *told) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.text.String()
+}
+
+// systemd goes on although the agent can't get ready, or a start that never ends
+// is ended by it, again and again.
+func TestSystemdDoesNotWaitForever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.kernel.set(errors.New("no memory"))
+		var told told
+		b.systemd = &systemd{conn: &told}
+		b.run(t, func() {
+			b.reload <- struct{}{}
+			after(b.timing.patience - time.Second)
+			if text := told.String(); strings.Contains(text, "READY") || strings.Contains(text, "RELOADING") {
+				t.Error(text)
+			}
+			after(2 * time.Second)
+			if s, _ := b.published.Load().status(time.Now(), nil); s.Agent.Ready {
+				t.Errorf("%+v", s.Agent)
+			}
+			b.reload <- struct{}{}
+			b.kernel.set(nil)
+			after(time.Minute)
+		})
+		check(t, strings.TrimSpace(regexp.MustCompile("(?m)^(STATUS|MONOTONIC).*\n").ReplaceAllString(told.String(), "")), "READY=1\nRELOADING=1\nREADY=1")
 	})
 }
 

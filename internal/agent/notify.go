@@ -17,6 +17,7 @@ import (
 type systemd struct {
 	conn     net.Conn
 	watchdog time.Duration // how often to say that we are alive; zero: not asked for
+	told     bool          // that we are ready
 }
 
 // newSystemd reads what systemd asks for from the environment. A socket that
@@ -47,20 +48,37 @@ func (s *systemd) send(lines ...string) {
 	}
 }
 
-func (s *systemd) ready()    { s.send("READY=1") }
+// ready ends the start of the unit, once.
+func (s *systemd) ready() {
+	if !s.told {
+		s.told = true
+		s.send("READY=1")
+	}
+}
+
 func (s *systemd) stopping() { s.send("STOPPING=1") }
 func (s *systemd) alive()    { s.send("WATCHDOG=1") }
 
 // status is the line that `systemctl status` shows.
 func (s *systemd) status(text string) { s.send("STATUS=" + strings.ReplaceAll(text, "\n", " ")) }
 
-// reloading must carry the time (Type=notify-reload); ready ends it.
+// reloading must carry the time (Type=notify-reload); reloaded ends it. While the
+// unit starts there is nothing to tell.
 func (s *systemd) reloading() {
+	if !s.told {
+		return
+	}
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return
 	}
 	s.send("RELOADING=1", fmt.Sprintf("MONOTONIC_USEC=%d", now.Nano()/1000))
+}
+
+func (s *systemd) reloaded() {
+	if s.told {
+		s.send("READY=1")
+	}
 }
 
 func (s *systemd) close() {

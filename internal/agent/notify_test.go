@@ -26,8 +26,9 @@ func TestSystemd(t *testing.T) {
 		send func()
 		want string
 	}{
-		{s.ready, `READY=1`},
+		{func() { s.reloading(); s.reloaded(); s.ready(); s.ready() }, `READY=1`}, // once
 		{s.reloading, `RELOADING=1\nMONOTONIC_USEC=\d+`},
+		{s.reloaded, `READY=1`},
 		{func() { s.status("a\nb") }, `STATUS=a b`},
 		{s.alive, `WATCHDOG=1`},
 		{s.stopping, `STOPPING=1`},
@@ -48,4 +49,20 @@ func TestSystemd(t *testing.T) {
 	none := newSystemd(func(string) string { return "" })
 	none.ready() // goes nowhere
 	none.close()
+}
+
+// The agent must have told systemd before that gives up and starts it again.
+func TestUnitWaitsForTheAgent(t *testing.T) {
+	unit, err := os.ReadFile("../../packaging/systemd/bauta.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^TimeoutStartSec=(\d+)$`).FindSubmatch(unit)
+	if m == nil {
+		t.Fatal("no TimeoutStartSec")
+	}
+	seconds, _ := strconv.Atoi(string(m[1]))
+	if limit := time.Duration(seconds) * time.Second; limit < defaultTiming.patience+10*time.Second {
+		t.Errorf("TimeoutStartSec is %s, the agent tells systemd after %s", limit, defaultTiming.patience)
+	}
 }

@@ -17,7 +17,7 @@ func (l *loop) announce() {
 
 // publish writes policy.json if it has changed, and shows the state to readers.
 func (l *loop) publish() {
-	v := &view{agent: l.agent, missing: l.wanted.selection.Missing}
+	v := &view{agent: l.agent, missing: l.wanted.selection.Missing, portsError: l.portsError}
 	if l.options.err != nil {
 		v.agent.ConfigError = l.options.err.Error()
 	}
@@ -71,6 +71,9 @@ func (l *loop) warnings() []string {
 	for _, name := range l.wanted.selection.Missing {
 		list = append(list, fmt.Sprintf("device %s is missing: it will be attached when it appears", name))
 	}
+	for _, pattern := range l.wanted.selection.Unmatched {
+		list = append(list, fmt.Sprintf("devices: no device matches %s now: one that does will be attached when it appears", pattern))
+	}
 	if l.cfg.IPv6 && l.facts.noIPv6 {
 		list = append(list, "IPv6: this kernel has none")
 	}
@@ -82,7 +85,7 @@ func (l *loop) warnings() []string {
 
 // logWarnings logs each warning when it comes up.
 func (l *loop) logWarnings(list []string) {
-	if l.attempted.IsZero() {
+	if !l.attempted {
 		return // the node's devices have not been read yet
 	}
 	for _, w := range list {
@@ -126,5 +129,9 @@ func (v *view) summary() string {
 	for _, d := range v.file.Devices {
 		names = append(names, d.Name)
 	}
-	return fmt.Sprintf("masquerading on %s", orDefault(strings.Join(names, ", "), "no device"))
+	text := fmt.Sprintf("masquerading on %s", orDefault(strings.Join(names, ", "), "no device"))
+	if v.agent.AttachError != "" {
+		text += "; " + v.agent.AttachError
+	}
+	return text
 }

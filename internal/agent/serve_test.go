@@ -148,7 +148,7 @@ func kernelOf() fakeInspector {
 
 func TestOfflineStatus(t *testing.T) {
 	dir := t.TempDir()
-	f := facts{network: device(devices.Snapshot{}, 2, "eth0", "192.0.2.1/24"), nonMasq: []policy.Rule{{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Origin: "file f"}}}
+	f := facts{ports: externalPorts(32768, 65535), network: device(devices.Snapshot{}, 2, "eth0", "192.0.2.1/24"), nonMasq: []policy.Rule{{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Origin: "file f"}}}
 	file := newPolicyFile(assemble(load(t, "pod-cidrs=10.1.0.0/16", "enable-ip-masq-agent=true", "ipv4-native-routing-cidr=10.0.0.0/8"), f))
 	file.IPMasqAgent = IPMasqStatus{Enabled: true}
 	if err := file.write(dir); err != nil {

@@ -60,12 +60,14 @@ type AgentStatus struct {
 	Version       string     `json:"version,omitempty"`
 	Started       time.Time  `json:"started,omitzero"`
 	UptimeSeconds int64      `json:"uptimeSeconds,omitempty"` // only when running
-	Ready         bool       `json:"ready"`                   // a policy of this agent is in force
+	Ready         bool       `json:"ready"`                   // a policy of this agent is in force, on at least one device if it has any
 	LastApply     time.Time  `json:"lastApply,omitzero"`
 	// ConfigError is why a restart would not accept the option files as they are now.
 	ConfigError string `json:"configError,omitempty"`
 	// Error is why the wanted policy is not in force; it is being retried.
 	Error string `json:"error,omitempty"`
+	// AttachError is why the policy in force is not so on every device; it is being retried.
+	AttachError string `json:"attachError,omitempty"`
 }
 
 // DatapathStatus is about the objects in the kernel.
@@ -165,6 +167,7 @@ type PortsStatus struct {
 	Ranges string     `json:"ranges"` // for example "32768-65535"
 	Pool   int        `json:"pool"`   // number of ports in them
 	Worst  *WorstPort `json:"worst,omitempty"`
+	Error  string     `json:"error,omitempty"` // why these ports are in use although they should not be
 }
 
 // WorstPort is the remote towards which most external ports are taken.

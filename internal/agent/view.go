@@ -14,10 +14,11 @@ import (
 
 // view is what the loop publishes of its state. It is never changed afterwards.
 type view struct {
-	file     PolicyFile // the policy in force, or, before the first apply, the wanted one
-	agent    AgentStatus
-	missing  []string // devices and patterns that the configuration names and no device has
-	warnings []string
+	file       PolicyFile // the policy in force, or, before the first apply, the wanted one
+	agent      AgentStatus
+	missing    []string // devices that the configuration names and no device has
+	portsError string   // see PortsStatus.Error
+	warnings   []string
 }
 
 // status is the view with what the kernel says now. A nil inspector leaves that out.
@@ -30,6 +31,7 @@ func (v *view) status(now time.Time, k inspector) (Status, error) {
 	for _, name := range v.missing {
 		s.Devices = append(s.Devices, DeviceStatus{Name: name, State: DeviceMissing})
 	}
+	s.Ports.Error = v.portsError
 	s.Warnings = append(s.Warnings, v.warnings...)
 	var err error
 	if k != nil {

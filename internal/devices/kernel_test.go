@@ -305,14 +305,16 @@ func TestReadDuringChanges(t *testing.T) {
 
 func TestReadTunnelPorts(t *testing.T) {
 	namespace(t)
-	must(t, netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vx0"}, VxlanId: 7, Port: 4789}))
-	want := []uint16{4789}
+	for i, port := range []int{8472, 4789, 8472} {
+		must(t, netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("vx%d", i)}, VxlanId: i, Port: port}))
+	}
+	want := []uint16{4789, 8472}
 	err := netlink.LinkAdd(&netlink.Geneve{LinkAttrs: netlink.LinkAttrs{Name: "gnv0"}, ID: 7, Remote: net.IPv4(10, 0, 0, 9), Dport: 6082})
 	if !errors.Is(err, unix.EOPNOTSUPP) { // a kernel without Geneve
 		must(t, err)
-		want = append(want, 6082)
+		want = []uint16{4789, 6082, 8472}
 	}
-	if got := Select(snapshot(t), Options{}).TunnelPorts; !slices.Equal(got, want) {
+	if got := snapshot(t).TunnelPorts(); !slices.Equal(got, want) {
 		t.Errorf("tunnel ports %v, want %v", got, want)
 	}
 }

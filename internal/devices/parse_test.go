@@ -14,7 +14,7 @@ import (
 // selectCase is one case of testdata/select.txt: a name after "== ", then lines
 // that begin with
 //
-//	link INDEX NAME [KIND] [hw TYPE] [down] [slave] [loopback] [master INDEX] [port PORT]
+//	link INDEX NAME [KIND] [hw TYPE] [down] [slave] [loopback] [master INDEX]
 //	addr DEVICE PREFIX [peer PREFIX] [brd ADDR] [scope link|host] [FLAG...]
 //	route PREFIX|default|default6 [local|anycast] [via ADDR] dev DEVICE ... [src ADDR] [metric N] [table N] [tos N]
 //	option devices|sources|attached VALUE..., option forwarded|route-source
@@ -110,8 +110,6 @@ func (c *selectCase) link(w []string) error {
 			l.Hardware = "loopback"
 		case "hw":
 			l.Hardware, w = w[1], w[1:]
-		case "port":
-			l.Port, w = uint16(number(w[1])), w[1:]
 		case "master":
 			l.Master, w = number(w[1]), w[1:]
 		default:

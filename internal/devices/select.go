@@ -45,8 +45,6 @@ type Selection struct {
 
 	RouteSources []policy.RouteSource // see Options.RouteSource
 
-	TunnelPorts []uint16 // UDP ports on which tunnels of the node receive
-
 	// A unicast default route exists, in any table.
 	DefaultRoute4, DefaultRoute6 bool
 }
@@ -103,7 +101,6 @@ func Select(s Snapshot, opt Options) Selection {
 	if opt.RouteSource {
 		sel.RouteSources = n.routeSources()
 	}
-	sel.TunnelPorts = tunnelPorts(n.links)
 	for _, r := range n.routes {
 		if r.Default() {
 			sel.DefaultRoute4 = sel.DefaultRoute4 || v4.has(r.Dst.Addr())
@@ -115,17 +112,6 @@ func Select(s Snapshot, opt Options) Selection {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Reason, b.Reason))
 	})
 	return sel
-}
-
-func tunnelPorts(links []Link) []uint16 {
-	var ports []uint16
-	for _, l := range links {
-		if l.Port != 0 {
-			ports = append(ports, l.Port)
-		}
-	}
-	slices.Sort(ports)
-	return slices.Compact(ports)
 }
 
 // family is an address family.

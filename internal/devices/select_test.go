@@ -82,9 +82,6 @@ func render(sel Selection) map[string][]string {
 	for _, r := range sel.RouteSources {
 		add("source", "%s %s", r.Prefix, r.Source)
 	}
-	for _, p := range sel.TunnelPorts {
-		add("tunnel", "%d", p)
-	}
 	if sel.DefaultRoute4 {
 		add("default", "IPv4")
 	}

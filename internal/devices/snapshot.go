@@ -13,6 +13,7 @@ package devices
 
 import (
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,6 +25,19 @@ type Snapshot struct {
 	Links  []Link
 	Addrs  []Addr
 	Routes []Route
+}
+
+// TunnelPorts returns the UDP ports on which tunnels of the node receive, sorted,
+// each once.
+func (s Snapshot) TunnelPorts() []uint16 {
+	var ports []uint16
+	for _, l := range s.Links {
+		if l.Port != 0 {
+			ports = append(ports, l.Port)
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
 }
 
 // Link is a network device.
