@@ -63,19 +63,6 @@ func (dir direction) tcx() ebpf.AttachType {
 	return [...]ebpf.AttachType{ebpf.AttachTCXEgress, ebpf.AttachTCXIngress}[dir]
 }
 
-// program returns the one for a direction and kind of link header.
-func (d *Datapath) program(dir direction, ethernet bool) *ebpf.Program {
-	switch {
-	case dir == egress && ethernet:
-		return d.objs.EgressEther
-	case dir == egress:
-		return d.objs.EgressRaw
-	case ethernet:
-		return d.objs.IngressEther
-	}
-	return d.objs.IngressRaw
-}
-
 // attach puts both programs on dev, or repairs what is missing there.
 func (d *Datapath) attach(dev policy.Device) error {
 	a := d.attached[dev.Index]
@@ -100,10 +87,12 @@ func (d *Datapath) attach(dev policy.Device) error {
 // passes both, and the second program knows the mark of the first.
 func (d *Datapath) attachPrograms(a *attachment) error {
 	for _, dir := range directions {
-		prog, err := d.program(dir, a.ethernet), error(nil)
-		if d.features.TCX {
+		prog, err := d.program(dir, a.ethernet)
+		switch {
+		case err != nil:
+		case d.features.TCX:
 			err = d.attachLink(a, dir, prog)
-		} else {
+		default:
 			a.filters = true
 			err = attachTC(d.opt.Root, a, dir, prog)
 		}

@@ -146,7 +146,11 @@ func (d *Datapath) replacePrograms(a *attachment) error {
 		if a.links[dir] == nil {
 			continue
 		}
-		if err := a.links[dir].Update(d.program(dir, a.ethernet)); err != nil {
+		prog, err := d.program(dir, a.ethernet)
+		if err == nil {
+			err = a.links[dir].Update(prog)
+		}
+		if err != nil {
 			return fmt.Errorf("replace the %s program of %s: %w", dir, a.name, err)
 		}
 	}

@@ -46,7 +46,8 @@ type Datapath struct {
 	opt      Options
 	features Features
 	lock     *os.File
-	objs     masqObjects
+	objs     objects
+	raw      rawPrograms         // empty without a device that needs them
 	trie     *ebpf.MapSpec       // of a policy table
 	attached map[int]*attachment // by ifindex
 	taken    bool                // what an earlier agent attached has been taken over
@@ -216,7 +217,7 @@ func (d *Datapath) Close() error {
 	for _, a := range d.attached {
 		a.release()
 	}
-	err := d.objs.Close()
+	err := errors.Join(d.objs.Close(), d.raw.Close())
 	if d.applied != nil {
 		d.applied.close()
 	}

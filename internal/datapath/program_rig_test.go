@@ -258,8 +258,11 @@ func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbC
 	out := make([]byte, len(frame)+64)
 	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx, Repeat: repeat}
 	var verdict uint32
-	err := r.ns.Do(func() (err error) {
-		verdict, err = r.d.program(dir, link != packet.Raw).Run(&opt)
+	err := r.ns.Do(func() error {
+		prog, err := r.d.program(dir, link != packet.Raw)
+		if err == nil {
+			verdict, err = prog.Run(&opt)
+		}
 		return err
 	})
 	if err != nil {

@@ -34,7 +34,7 @@ type sweeper struct {
 	seed   uint64   // of the next orphan filter
 }
 
-func newSweeper(objs *masqObjects) *sweeper {
+func newSweeper(objs *objects) *sweeper {
 	return &sweeper{
 		prog: objs.Reap,
 		tables: [2]flowTables{

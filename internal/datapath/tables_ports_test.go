@@ -18,7 +18,7 @@ import (
 type programs struct{ egress, ingress *ebpf.Program }
 
 func (b *bench) programs() programs {
-	return programs{b.program(egress, true), b.program(ingress, true)}
+	return programs{b.objs.EgressEther, b.objs.IngressEther}
 }
 
 // send runs the egress program and returns what left; ok is false if nothing did.

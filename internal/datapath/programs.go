@@ -1,0 +1,79 @@
+package datapath
+
+import (
+	"fmt"
+	"reflect"
+
+	"github.com/cilium/ebpf"
+)
+
+// objects are what every node needs: all maps, and the programs but for those of
+// devices without a link-layer header. The verifier takes longer over a program
+// than all the rest of a start.
+type objects struct {
+	masqMaps
+	EgressEther  *ebpf.Program `ebpf:"egress_ether"`
+	IngressEther *ebpf.Program `ebpf:"ingress_ether"`
+	Reap         *ebpf.Program `ebpf:"reap"`
+}
+
+func (o *objects) Close() error {
+	return _MasqClose(&o.masqMaps, o.EgressEther, o.IngressEther, o.Reap)
+}
+
+// byName returns the maps by their names in the embedded objects.
+func (o *objects) byName() map[string]*ebpf.Map {
+	all := make(map[string]*ebpf.Map)
+	v := reflect.ValueOf(o.masqMaps)
+	for i := range v.NumField() {
+		all[v.Type().Field(i).Tag.Get("ebpf")] = v.Field(i).Interface().(*ebpf.Map)
+	}
+	return all
+}
+
+// rawPrograms are those of devices without a link-layer header.
+type rawPrograms struct {
+	Egress  *ebpf.Program `ebpf:"egress_raw"`
+	Ingress *ebpf.Program `ebpf:"ingress_raw"`
+}
+
+func (r *rawPrograms) Close() error { return _MasqClose(r.Egress, r.Ingress) }
+
+// program returns the one for a direction and kind of link header.
+func (d *Datapath) program(dir direction, ethernet bool) (*ebpf.Program, error) {
+	switch {
+	case dir == egress && ethernet:
+		return d.objs.EgressEther, nil
+	case ethernet:
+		return d.objs.IngressEther, nil
+	}
+	if d.raw.Egress == nil {
+		if err := d.loadRaw(); err != nil {
+			return nil, err
+		}
+	}
+	if dir == egress {
+		return d.raw.Egress, nil
+	}
+	return d.raw.Ingress, nil
+}
+
+// loadRaw loads the programs for the first device without a link-layer header; they
+// use the same maps.
+func (d *Datapath) loadRaw() error {
+	spec, err := loadMasq()
+	if err != nil {
+		return fmt.Errorf("read the embedded programs: %w", err)
+	}
+	if err := d.features.set(spec); err != nil {
+		return err
+	}
+	maps := d.objs.byName()
+	for name, m := range maps {
+		spec.Maps[name].MaxEntries = m.MaxEntries()
+	}
+	if err := spec.LoadAndAssign(&d.raw, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
+		return loadError(d.opt.Root, err)
+	}
+	return nil
+}
