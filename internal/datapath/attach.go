@@ -9,8 +9,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
-
-	"bauta.dev/bauta/internal/policy"
 )
 
 // attachment is a device with our programs on it. Links are pinned; a clsact
@@ -20,7 +18,9 @@ type attachment struct {
 	index    int
 	ethernet bool
 	links    [2]link.Link // by direction; tcx only
+	current  [2]bool      // by direction: the link has this version's program
 	filters  bool         // clsact filters of ours are, or may be, there
+	whole    bool         // the last attempt left both programs on it
 	draining bool
 	since    uint32 // draining: from this second of the monotonic clock on
 }
@@ -63,54 +63,99 @@ func (dir direction) tcx() ebpf.AttachType {
 	return [...]ebpf.AttachType{ebpf.AttachTCXEgress, ebpf.AttachTCXIngress}[dir]
 }
 
-// attach puts both programs on dev, or repairs what is missing there.
-func (d *Datapath) attach(dev policy.Device) error {
-	a := d.attached[dev.Index]
-	if a == nil {
-		a = &attachment{index: dev.Index}
-		d.attached[dev.Index] = a // also if only one direction succeeds
+// attach puts both programs on devices, or repairs what is missing there. All
+// ingress programs come before the first egress program: the reply to a flow of
+// one device may arrive at another one. A device that fails is no hindrance to
+// the others.
+func (d *Datapath) attach(list []*attachment) error {
+	if len(list) == 0 {
+		return nil
 	}
-	_, before := a.hook()
-	a.name, a.ethernet, a.draining = dev.Name, dev.Ethernet, false
-	if err := d.attachPrograms(a); err != nil {
+	if err := d.startLearning(); err != nil {
 		return err
 	}
-	if !before {
-		hook, _ := a.hook()
-		d.opt.Log.Info("attached", "device", a.name, "hook", string(hook))
+	before, failed := make(map[*attachment]bool), make(map[*attachment]error)
+	for _, a := range list {
+		if _, before[a] = a.hook(); a.whole && !before[a] {
+			d.opt.Log.Warn("programs vanished from the device, attaching them again", "device", a.name)
+		}
 	}
-	return d.startLearning()
+	for _, dir := range directions {
+		for _, a := range list {
+			if failed[a] != nil {
+				continue
+			}
+			if err := d.attachProgram(a, dir); err != nil {
+				failed[a] = fmt.Errorf("attach %s to %s: %w", dir, a.name, err)
+			}
+		}
+	}
+	var errs []error
+	for _, a := range list {
+		err := failed[a]
+		if err == nil {
+			err = d.dropOtherHook(a)
+		}
+		a.whole = err == nil
+		if hook, ok := a.hook(); ok && !before[a] {
+			d.opt.Log.Info("attached", "device", a.name, "hook", string(hook))
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
-// attachPrograms makes a's programs complete, by the hook this agent uses. What
-// an earlier agent attached by the other hook goes last: for a moment a packet
-// passes both, and the second program knows the mark of the first.
-func (d *Datapath) attachPrograms(a *attachment) error {
-	for _, dir := range directions {
-		prog, err := d.program(dir, a.ethernet)
-		switch {
-		case err != nil:
-		case d.features.TCX:
-			err = d.attachLink(a, dir, prog)
-		default:
-			a.filters = true
-			err = attachTC(d.opt.Root, a, dir, prog)
-		}
-		if err != nil {
-			return fmt.Errorf("attach %s to %s: %w", dir, a.name, err)
-		}
+// attachProgram puts one program on a device by the hook this agent uses. A link
+// that is there gets this version's program in any case, without a packet unseen.
+func (d *Datapath) attachProgram(a *attachment, dir direction) error {
+	prog, err := d.program(dir, a.ethernet)
+	if err != nil {
+		return err
 	}
+	if a.linked(dir) && !a.current[dir] {
+		if err := a.links[dir].Update(prog); err != nil {
+			return fmt.Errorf("replace the program: %w", err)
+		}
+		a.current[dir] = true
+	}
+	if d.features.TCX {
+		return d.attachLink(a, dir, prog)
+	}
+	a.filters = true
+	return attachTC(d.opt.Root, a, dir, prog)
+}
+
+// dropOtherHook takes away what an earlier agent attached by the other hook: for a
+// moment a packet passed both, and the second program knows the mark of the first.
+// A clsact qdisc of ours stays, empty: with it the kernel would stop the device,
+// and lose packets.
+func (d *Datapath) dropOtherHook(a *attachment) error {
 	if !d.features.TCX {
 		d.dropLinks(a)
 		return nil
 	}
-	if a.filters {
-		if err := detachTC(d.opt.Root, a.index); err != nil {
-			return fmt.Errorf("detach filters from %s: %w", a.name, err)
-		}
-		a.filters = false
+	if !a.filters {
+		return nil
 	}
+	if err := deleteFilters(a.index); err != nil {
+		return fmt.Errorf("detach filters from %s: %w", a.name, err)
+	}
+	a.filters = false
 	return nil
+}
+
+// Healthy tells whether both programs are on each device that they were attached
+// to, as far as it masquerades; if not, Apply repairs it. It costs a few system
+// calls a device.
+func (d *Datapath) Healthy() bool {
+	for _, a := range d.attached {
+		if a.whole && !a.draining {
+			if _, ok := a.hook(); !ok {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // Attached returns the devices with our programs on them, by name, as the kernel
@@ -140,8 +185,8 @@ func (d *Datapath) forgetGone() {
 		case err == nil:
 			a.name = dev.Attrs().Name
 			a.forgetDead()
-			if a.links == [2]link.Link{} && !a.filters {
-				d.opt.Log.Warn("programs vanished from the device", "device", a.name)
+			if a.draining && a.links == [2]link.Link{} && !a.filters {
+				d.opt.Log.Info("detached by others", "device", a.name)
 				d.forget(a)
 			}
 		case errors.As(err, &notFound):
@@ -150,6 +195,7 @@ func (d *Datapath) forgetGone() {
 				d.opt.Log.Warn("device entry remains", "error", err)
 			}
 			d.forget(a)
+			removeMark(d.opt.Root, index)
 		}
 	}
 }
@@ -157,7 +203,7 @@ func (d *Datapath) forgetGone() {
 // forgetDead lets go of links and filters that are no longer on the device.
 func (a *attachment) forgetDead() {
 	for _, dir := range directions {
-		if a.links[dir] != nil && locate(a.links[dir], dir, a.index) == linkNowhere {
+		if a.links[dir] != nil && !a.linked(dir) {
 			a.links[dir].Close()
 			a.links[dir] = nil
 		}
@@ -183,7 +229,7 @@ func (d *Datapath) detachDrained(oldest uint32) error {
 
 // detach removes our programs from a device that has drained.
 func (d *Datapath) detach(a *attachment) error {
-	if a.filters {
+	if a.filters || marked(d.opt.Root, a.index) {
 		if err := detachTC(d.opt.Root, a.index); err != nil {
 			return fmt.Errorf("detach from %s: %w", a.name, err)
 		}
@@ -195,6 +241,5 @@ func (d *Datapath) detach(a *attachment) error {
 
 func (d *Datapath) forget(a *attachment) {
 	d.dropLinks(a)
-	removeMark(d.opt.Root, a.index)
 	delete(d.attached, a.index)
 }

@@ -75,6 +75,8 @@ func TestAttachIngressQdisc(t *testing.T) {
 	if a := b.attachments(); len(a) != 1 {
 		t.Errorf("attached %+v", a)
 	}
+	b.close()
+	b.open()
 	check()
 	do(func() error { return putFilter(eth1, egress, b.objs.EgressEther) })
 	b.close()

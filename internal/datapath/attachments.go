@@ -170,13 +170,18 @@ func removeFilters(root string) ([]string, error) {
 		if err != nil {
 			return removed, err
 		}
-		if !left {
+		what := "tc filters of "
+		switch {
+		case left:
+		case marked(root, index):
+			what = "clsact qdisc of " // our filters went before
+		default:
 			continue
 		}
 		if err := detachTC(root, index); err != nil {
 			return removed, fmt.Errorf("detach from %s: %w", dev.Attrs().Name, err)
 		}
-		removed = append(removed, "tc filters of "+dev.Attrs().Name)
+		removed = append(removed, what+dev.Attrs().Name)
 	}
 	return removed, nil
 }

@@ -110,6 +110,14 @@ func putFilter(index int, dir direction, prog *ebpf.Program) error {
 		DirectAction: true,
 	}
 	if len(own) > 0 {
+		// What is there already is not written again: each write is news to all that listen.
+		info, err := prog.Info()
+		if err != nil {
+			return err
+		}
+		if id, ok := info.ID(); ok && own[0].(*netlink.BpfFilter).Id == int(id) {
+			return nil
+		}
 		filter.Priority, filter.Handle = own[0].Attrs().Priority, own[0].Attrs().Handle
 		if err := netlink.FilterReplace(filter); err != nil {
 			return fmt.Errorf("replace filter: %w", err)
@@ -199,7 +207,7 @@ func detachTC(root string, index int) error {
 	if err := deleteFilters(index); err != nil {
 		return err
 	}
-	if _, err := os.Stat(markQdisc(root, index)); err != nil {
+	if !marked(root, index) {
 		return nil
 	}
 	for _, dir := range directions {
@@ -217,6 +225,12 @@ func detachTC(root string, index int) error {
 	}
 	removeMark(root, index)
 	return nil
+}
+
+// marked tells whether the qdisc of a device is ours.
+func marked(root string, index int) bool {
+	_, err := os.Stat(markQdisc(root, index))
+	return err == nil
 }
 
 // removeMark forgets that a qdisc is ours; a mark that stays is no harm.

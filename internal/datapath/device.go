@@ -9,14 +9,12 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// applyDevices attaches what is new, tells the programs the masquerade
-// addresses, and lets devices drain that are no masquerade devices any more.
+// applyDevices tells the programs the masquerade addresses, attaches what is new
+// or was removed by others, and lets devices drain that are no masquerade devices
+// any more.
 func (d *Datapath) applyDevices(devices []policy.Device) error {
-	now, err := monotonicSeconds()
-	if err != nil {
-		return err
-	}
 	var errs []error
+	var list []*attachment
 	wanted := make(map[uint32]bool)
 	for _, dev := range devices {
 		wanted[uint32(dev.Index)] = true
@@ -24,23 +22,42 @@ func (d *Datapath) applyDevices(devices []policy.Device) error {
 			errs = append(errs, err)
 			continue
 		}
-		if err := d.attach(dev); err != nil {
-			errs = append(errs, err)
+		a := d.attached[dev.Index]
+		if a == nil {
+			a = &attachment{index: dev.Index}
+			d.attached[dev.Index] = a // also if only one direction succeeds
+		}
+		a.name, a.ethernet, a.draining = dev.Name, dev.Ethernet, false
+		list = append(list, a)
+	}
+	for _, a := range d.attached {
+		if a.draining && !a.whole {
+			list = append(list, a) // it has not got this version's programs yet
 		}
 	}
-	gone, err := d.deviceEntries()
-	errs = append(errs, err)
-	for _, index := range gone {
+	errs = append(errs, d.attach(list), d.drain(wanted))
+	d.forgetGone()
+	return errors.Join(errs...)
+}
+
+// drain ends new flows of the devices that are not wanted.
+func (d *Datapath) drain(wanted map[uint32]bool) error {
+	entries, err := d.deviceEntries()
+	errs := []error{err}
+	for _, index := range entries {
 		if !wanted[index] {
 			errs = append(errs, d.deleteDevice(int(index)))
 		}
+	}
+	now, err := monotonicSeconds() // not before the last mapping was made
+	if err != nil {
+		return errors.Join(append(errs, err)...)
 	}
 	for index, a := range d.attached {
 		if !wanted[uint32(index)] && !a.draining {
 			a.draining, a.since = true, now
 		}
 	}
-	d.forgetGone()
 	return errors.Join(errs...)
 }
 

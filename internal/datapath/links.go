@@ -54,6 +54,7 @@ func (d *Datapath) attachLink(a *attachment, dir direction, prog *ebpf.Program) 
 	if a.linked(dir) {
 		return nil
 	}
+	a.current[dir] = false
 	if a.links[dir] != nil {
 		a.links[dir].Close()
 		a.links[dir] = nil
@@ -67,7 +68,7 @@ func (d *Datapath) attachLink(a *attachment, dir direction, prog *ebpf.Program) 
 		l.Close()
 		return err
 	}
-	a.links[dir] = l
+	a.links[dir], a.current[dir] = l, true
 	return nil
 }
 
@@ -89,8 +90,8 @@ func (d *Datapath) dropLinks(a *attachment) {
 // takeOver finds the attachments that an earlier agent left and gives them this
 // version's programs: by a link update or by replacing the filter in place, so
 // that no packet passes unseen. Half an attachment, of a crash, becomes a whole one.
+// A device that fails keeps the programs it has, and Apply tries again.
 func (d *Datapath) takeOver() error {
-	d.taken = true
 	if err := d.findLinks(); err != nil {
 		return err
 	}
@@ -102,12 +103,13 @@ func (d *Datapath) takeOver() error {
 	if err != nil {
 		return err
 	}
+	var list []*attachment
 	for _, dev := range devices {
 		index := dev.Attrs().Index
 		a := d.attached[index]
 		filters, err := leftFilters(index)
 		if err != nil {
-			return err
+			d.opt.Log.Warn("device not searched for programs of ours", "device", dev.Attrs().Name, "error", err)
 		}
 		if a == nil && !filters {
 			continue
@@ -121,80 +123,99 @@ func (d *Datapath) takeOver() error {
 		if d.objs.Devices.Lookup(uint32(index), &value) != nil {
 			a.draining, a.since = true, now
 		}
-		if err := d.replacePrograms(a); err != nil {
-			return err
-		}
+		list = append(list, a)
 	}
+	if err := d.attach(list); err != nil {
+		d.opt.Log.Warn("attachments of an earlier agent not complete", "error", err)
+	}
+	d.taken = true
 	return d.removeMarks()
 }
 
-// removeMarks forgets qdiscs that are no longer ours: their device is gone.
+// removeMarks forgets qdiscs that are no longer ours: they or their devices are gone.
 func (d *Datapath) removeMarks() error {
 	names, err := pinNames(d.opt.Root)
 	for _, name := range names {
 		number, ok := strings.CutPrefix(name, markPrefix)
+		if !ok {
+			continue
+		}
 		index, _ := strconv.Atoi(number)
-		if a := d.attached[index]; ok && (a == nil || !a.filters) {
+		if kind, err := filterQdisc(index); err == nil && kind != kindClsact {
 			removeMark(d.opt.Root, index)
 		}
 	}
 	return err
 }
 
-func (d *Datapath) replacePrograms(a *attachment) error {
-	for _, dir := range directions {
-		if a.links[dir] == nil {
-			continue
-		}
-		prog, err := d.program(dir, a.ethernet)
-		if err == nil {
-			err = a.links[dir].Update(prog)
-		}
-		if err != nil {
-			return fmt.Errorf("replace the %s program of %s: %w", dir, a.name, err)
-		}
-	}
-	return d.attachPrograms(a)
+// pinnedLink is a link that an earlier agent pinned.
+type pinnedLink struct {
+	link.Link
+	name  string
+	dir   direction
+	index int
 }
 
-// findLinks opens the pinned links that are still on a device.
+// findLinks opens the pinned links that are still on a device. Links move with
+// their device to another network namespace, and are detached there; if all of
+// them are in another one, so is the agent that root belongs to.
 func (d *Datapath) findLinks() error {
 	names, err := pinNames(d.opt.Root)
 	if err != nil {
 		return err
 	}
+	var moved []pinnedLink
 	for _, name := range names {
 		dir, index, ok := parsePinLink(name)
 		if !ok {
 			continue
 		}
-		path := filepath.Join(d.opt.Root, name)
-		l, err := link.LoadPinnedLink(path, nil)
+		l, err := link.LoadPinnedLink(filepath.Join(d.opt.Root, name), nil)
 		if err != nil {
-			return fmt.Errorf("open pinned link %s: %w", name, err)
+			d.opt.Log.Warn("pinned link not opened", "pin", name, "error", err)
+			continue
 		}
+		p := pinnedLink{l, name, dir, index}
 		switch locate(l, dir, index) {
 		case linkHere:
 			if d.attached[index] == nil {
 				d.attached[index] = &attachment{index: index}
 			}
-			d.attached[index].links[dir] = l
-			continue
+			if a := d.attached[index]; a.links[dir] == nil {
+				a.links[dir] = l
+			} else {
+				l.Close()
+			}
 		case linkElsewhere:
-			l.Close()
-			return hint(fmt.Errorf("bpf-root %s: its programs are attached in another network namespace", d.opt.Root),
-				"give the agent of each network namespace a --bpf-root and --run-dir of its own")
-		}
-		// The device is gone, and the kernel has detached the link.
-		l.Close()
-		if err := os.Remove(path); err != nil {
-			return fmt.Errorf("remove pin of a vanished device: %w", err)
-		}
-		if err := d.deleteVanished(index); err != nil {
-			return err
+			moved = append(moved, p)
+		default:
+			d.dropPinned(p) // the device is gone, and the kernel has detached the link
 		}
 	}
+	if len(d.attached) == 0 && len(moved) > 0 {
+		for _, p := range moved {
+			p.Close()
+		}
+		return hint(fmt.Errorf("bpf-root %s: its programs are attached in another network namespace", d.opt.Root),
+			"give the agent of each network namespace a --bpf-root and --run-dir of its own")
+	}
+	for _, p := range moved {
+		d.opt.Log.Warn("device moved to another network namespace, detached from it", "pin", p.name)
+		if err := p.Detach(); err != nil {
+			d.opt.Log.Debug("detach", "pin", p.name, "error", err) // the device is gone
+		}
+		d.dropPinned(p)
+	}
 	return nil
+}
+
+// dropPinned forgets a link that is not on a device of this network namespace.
+func (d *Datapath) dropPinned(p pinnedLink) {
+	p.Close()
+	err := os.Remove(filepath.Join(d.opt.Root, p.name))
+	if err = errors.Join(err, d.deleteVanished(p.index)); err != nil {
+		d.opt.Log.Warn("pin or entry of a vanished device remains", "pin", p.name, "error", err)
+	}
 }
 
 func (d *Datapath) deleteVanished(index int) error {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,26 +89,31 @@ func echoUntil(conn interface {
 	}
 }
 
-// From clsact to tcx and back: nothing of the old hook stays, and no packet leaves
-// untranslated in between.
+// From clsact to tcx and back: no program of the old hook stays, and no packet
+// leaves untranslated in between. The qdisc stays, since to delete it stops the
+// device for a moment; it goes when the device has drained, and with the data plane.
 func TestTakeOverOtherHook(t *testing.T) {
 	t.Parallel()
 	labtest.Kernel(t, labtest.TCX)
 	topo := labtest.NewNode(t, lab.Options{})
 	b := newBench(t, topo.Node, Options{NoTCX: true})
-	b.apply(nodePolicy(t, topo))
+	in := nodePolicy(t, topo)
+	b.apply(in)
 	leaks := labtest.Capture(t, topo.World, "eth0", lab.CaptureOptions{Incoming: true, MaxPackets: 1, SnapLen: 64}).
 		Count(lab.SourceIn(lab.PodRange4, lab.PodRange6))
-	for i, want := range []string{
-		"ingress tcx ingress_ether\negress tcx egress_ether\n",
-		"ingress tc bauta_ingress priority 1\negress tc bauta_egress priority 1\nclsact\n",
-	} {
-		b.close()
-		b.opt.NoTCX = i == 1
-		b.open()
+	check := func(want string) {
+		t.Helper()
 		if got := chain(t, topo.Node, "eth0"); got != want {
 			t.Errorf("attached:\n%swant:\n%s", got, want)
 		}
+	}
+	const byLink = "ingress tcx ingress_ether\negress tcx egress_ether\n"
+	const byFilter = "ingress tc bauta_ingress priority 1\negress tc bauta_egress priority 1\n"
+	for _, noTCX := range []bool{false, true, false} {
+		b.close()
+		b.opt.NoTCX = noTCX
+		b.open()
+		check(map[bool]string{false: byLink, true: byFilter}[noTCX] + "clsact\n")
 		if err := askAll(t, topo, topo.NodeAddr); err != nil {
 			t.Error(err)
 		}
@@ -115,6 +121,28 @@ func TestTakeOverOtherHook(t *testing.T) {
 	if n := leaks.N(); n != 0 {
 		t.Errorf("%d packets left untranslated", n)
 	}
+	b.close()
+	b.open() // one agent more: the qdisc is still ours
+	drained := in
+	drained.Devices = nil
+	b.apply(drained)
+	b.forgetFlows()
+	b.sweep()
+	check("")
+	b.apply(in)
+	check(byLink)
+	b.close()
+	b.opt.NoTCX = true
+	b.open()
+	check(byFilter + "clsact\n")
+	b.close()
+	b.opt.NoTCX = false
+	b.open()
+	b.close()
+	if removed := remove(t, topo.Node, b.opt.Root); !slices.Contains(removed, "clsact qdisc of eth0") {
+		t.Errorf("removed %q", removed)
+	}
+	check("")
 }
 
 // What a crash leaves: one direction attached, pins half made, pins of devices
