@@ -142,7 +142,7 @@ func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *l
 	}
 	l.facts.ports = cfg.Ports(nil) // never empty
 	if cfg.IPMasqAgent {
-		l.ipMasq = &ipMasqFile{path: cfg.IPMasqAgentPath, profile: ipmasq.Profile(cfg.IPMasqAgentProfile)}
+		l.ipMasq = &ipMasqFile{loader: ipmasq.Loader{Path: cfg.IPMasqAgentPath, Profile: ipmasq.Profile(cfg.IPMasqAgentProfile)}}
 	}
 	if cfg.NodesFile != "" {
 		l.nodes = &nodesFile{path: cfg.NodesFile}

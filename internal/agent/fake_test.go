@@ -96,7 +96,10 @@ type fakeKernel struct {
 
 	mu       sync.Mutex
 	attached []datapath.Attachment
+	whole    int // how many Apply attached
 }
+
+func (k *fakeKernel) Healthy() bool { return len(k.Attached()) == k.whole }
 
 // change changes what is attached.
 func (k *fakeKernel) change(f func([]datapath.Attachment) []datapath.Attachment) {
@@ -135,6 +138,7 @@ func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
 		return *err
 	}
 	k.change(func([]datapath.Attachment) []datapath.Attachment { return attached })
+	k.whole = len(attached)
 	if len(bad) > 0 {
 		err := fmt.Errorf("%w: %s", datapath.ErrAttach, strings.Join(bad, " "))
 		k.say("%s: %v", text, err)

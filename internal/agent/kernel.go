@@ -19,6 +19,7 @@ import (
 type backend interface {
 	Apply(context.Context, *policy.Policy) error
 	Attached() []datapath.Attachment
+	Healthy() bool // cheaper than Attached
 	Sweep(context.Context) (datapath.Swept, error)
 	Close() error
 }

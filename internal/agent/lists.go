@@ -19,8 +19,7 @@ import (
 // ipMasqFile is the ip-masq-agent list in force and how it came to be. A bad file
 // leaves the last good list in force (section 5).
 type ipMasqFile struct {
-	path       string
-	profile    ipmasq.Profile
+	loader     ipmasq.Loader
 	list       ipmasq.List
 	origin     IPMasqOrigin // zero: not read yet
 	lastReload time.Time    // of the last good one
@@ -30,10 +29,10 @@ type ipMasqFile struct {
 // reload reads the file. With a bad one at first start the list of an earlier
 // agent stays.
 func (f *ipMasqFile) reload(now time.Time, before earlier, log *slog.Logger) {
-	list, err := ipmasq.Load(f.path, f.profile)
+	list, err := f.loader.Load()
 	if err == nil {
 		if f.origin != FromFile || !slices.Equal(list.Rules, f.list.Rules) {
-			log.Info("ip-masq-agent list loaded", "path", f.path, "state", list.State, "prefixes", len(list.Rules))
+			log.Info("ip-masq-agent list loaded", "path", f.loader.Path, "state", list.State, "prefixes", len(list.Rules))
 		}
 		f.list, f.origin, f.lastReload, f.err = list, FromFile, now, nil
 		return
@@ -42,9 +41,9 @@ func (f *ipMasqFile) reload(now time.Time, before earlier, log *slog.Logger) {
 	case FromFile:
 		f.origin = FromLastGood
 	case "":
-		f.list, f.origin = ipmasq.Defaults(f.profile), FromDefaults
+		f.list, f.origin = ipmasq.Defaults(f.loader.Profile), FromDefaults
 		if rules, ok := before.nonMasq(); ok {
-			f.list, f.origin = ipmasq.List{Rules: rules, State: ipmasq.Fallback, Profile: f.profile}, FromPinned
+			f.list, f.origin = ipmasq.List{Rules: rules, State: ipmasq.Fallback, Profile: f.loader.Profile}, FromPinned
 		}
 	}
 	logRejected(log, f.err, err, "in_force", f.origin)
@@ -60,7 +59,7 @@ func logRejected(log *slog.Logger, before, now error, args ...any) {
 
 func (f *ipMasqFile) status() IPMasqStatus {
 	s := IPMasqStatus{
-		Enabled: true, Path: f.path, Profile: string(f.profile), State: string(f.list.State), InForce: f.origin,
+		Enabled: true, Path: f.loader.Path, Profile: string(f.loader.Profile), State: string(f.list.State), InForce: f.origin,
 		Files: f.list.Files, LastReload: f.lastReload, Warnings: f.list.Warnings,
 	}
 	for _, key := range f.list.Ignored {

@@ -64,7 +64,7 @@ func TestIPMasqFileKeepsTheLastGoodList(t *testing.T) {
 		{"no file", pinned, []string{""}, FromFile, "11 and 2", false},
 	} {
 		path := filepath.Join(t.TempDir(), "list")
-		f := &ipMasqFile{path: path, profile: ipmasq.Cilium}
+		f := &ipMasqFile{loader: ipmasq.Loader{Path: path, Profile: ipmasq.Cilium}}
 		for _, text := range c.files {
 			if text == "" {
 				os.Remove(path)
@@ -92,7 +92,7 @@ func TestRejectionIsLoggedOnce(t *testing.T) {
 	write(t, path, badList)
 	var out bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&out, nil))
-	f := &ipMasqFile{path: path}
+	f := &ipMasqFile{loader: ipmasq.Loader{Path: path}}
 	for range 3 {
 		f.reload(time.Now(), earlier{}, log)
 	}

@@ -268,7 +268,7 @@ func on(attached []datapath.Attachment, d policy.Device) bool {
 // damaged tells whether programs of the policy in force are no longer on their
 // device. After an error the retry looks at that anyway.
 func (l *loop) damaged() bool {
-	return l.inForce != nil && l.retry == 0 && !complete(l.kernel.Attached(), l.inForce.input.Devices)
+	return l.inForce != nil && l.retry == 0 && !l.kernel.Healthy()
 }
 
 // settle notes that what is wanted is in force. Reasons may have changed even

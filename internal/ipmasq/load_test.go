@@ -1,8 +1,10 @@
 package ipmasq
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -104,5 +106,30 @@ func TestLoadDirectory(t *testing.T) {
 	write(t, filepath.Join(dir, "zz"), "nonMasqueradeCIDRs: {}")
 	if _, err := Load(dir, Cilium); err == nil || !strings.HasPrefix(err.Error(), filepath.Join(dir, "zz")+": nonMasqueradeCIDRs: ") {
 		t.Errorf("one bad fragment: %v", err)
+	}
+}
+
+// A Loader answers what Load does, however the file changes.
+func TestLoader(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "list")
+	loader := Loader{Path: path}
+	for _, text := range []string{"nonMasqueradeCIDRs: [10.0.0.0/8]", "nonMasqueradeCIDRs: [10.0.0.0/8]", "nonMasqueradeCIDRs: [10.0.0.1/8]",
+		"nonMasqueradeCIDRs: [x]", "nonMasqueradeCIDRs: [x]", "-", "", "-", "nonMasqueradeCIDRs: [10.0.0.0/8]"} {
+		os.Remove(path)
+		if text != "-" { // no file
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, gotErr := loader.Load()
+		want, wantErr := Load(path, "")
+		if !reflect.DeepEqual(got, want) || fmt.Sprint(gotErr) != fmt.Sprint(wantErr) {
+			t.Errorf("%q: %+v %v\nwant %+v %v", text, got, gotErr, want, wantErr)
+		}
+	}
+	before, _ := loader.Load()
+	again, _ := loader.Load()
+	if &before.Rules[0] != &again.Rules[0] {
+		t.Error("an unchanged file was parsed again")
 	}
 }
