@@ -78,6 +78,7 @@ func renderTries(p *policy.Policy) [tries][]trieEntry {
 // Devices are attached last, when there is a policy for them: ErrAttach says that
 // the policy is in force, but not on each of its devices.
 func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
+	d.sweeper.expect(p.Input())
 	next, err := d.writePolicy(ctx, p)
 	if err != nil {
 		return err
@@ -91,7 +92,10 @@ func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
 			return err
 		}
 	}
-	if err := d.applyDevices(p.Input().Devices); err != nil {
+	err = d.applyDevices(p.Input().Devices)
+	d.applies++
+	d.sweeper.facts.Store(renderFacts(p.Input(), d.applies))
+	if err != nil {
 		return fmt.Errorf("%w: %w", ErrAttach, err)
 	}
 	return nil

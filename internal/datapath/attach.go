@@ -23,6 +23,7 @@ type attachment struct {
 	whole    bool         // the last attempt left both programs on it
 	draining bool
 	since    uint32 // draining: from this second of the monotonic clock on
+	given    uint64 // draining: since the Apply after this one
 }
 
 func (a *attachment) release() {
@@ -212,19 +213,6 @@ func (a *attachment) forgetDead() {
 		left, err := leftFilters(a.index)
 		a.filters = left || err != nil
 	}
-}
-
-// detachDrained detaches devices that are no masquerade devices any more, once no
-// mapping is left that is as old as the draining. oldest is the second in which
-// the oldest one was made.
-func (d *Datapath) detachDrained(oldest uint32) error {
-	var errs []error
-	for _, a := range d.attached {
-		if a.draining && int32(oldest-a.since) > 0 {
-			errs = append(errs, d.detach(a))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // detach removes our programs from a device that has drained.

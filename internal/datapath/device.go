@@ -55,7 +55,7 @@ func (d *Datapath) drain(wanted map[uint32]bool) error {
 	}
 	for index, a := range d.attached {
 		if !wanted[uint32(index)] && !a.draining {
-			a.draining, a.since = true, now
+			a.draining, a.since, a.given = true, now, d.applies
 		}
 	}
 	return errors.Join(errs...)

@@ -116,4 +116,7 @@ type Swept struct {
 	Usage    [2]Usage // IPv4, IPv6
 	Worst    PortUse
 	Took     time.Duration
+
+	generation uint64 // of the facts it began with
+	oldest     uint32 // second in which the oldest mapping was made
 }

@@ -41,7 +41,7 @@ func hint(err error, hints ...string) error { return &Error{Err: err, Hints: hin
 // ErrBusy says that another agent holds the root directory.
 var ErrBusy = errors.New("another agent is running")
 
-// Datapath is the loaded data plane. Its methods are for one goroutine.
+// Datapath is the loaded data plane. Its methods are for one goroutine, but for Walk.
 type Datapath struct {
 	opt      Options
 	features Features
@@ -52,6 +52,7 @@ type Datapath struct {
 	attached map[int]*attachment // by ifindex
 	taken    bool                // what an earlier agent attached has been taken over
 	applied  *applied
+	applies  uint64 // number of complete ones
 	sweeper  *sweeper
 
 	// interrupt, set by tests only, is called before each write of Apply; an

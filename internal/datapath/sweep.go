@@ -3,11 +3,16 @@ package datapath
 import (
 	"context"
 	"errors"
+	"maps"
 	"math"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
+
+	"bauta.dev/bauta/internal/policy"
 )
 
 // Pressure: above lowWater of a table the timers shrink linearly, down to
@@ -26,12 +31,16 @@ func pressure(used, limit int) uint32 {
 	return uint32(max(minPercent, 100-(100-minPercent)*(fill-lowWater)/(1-lowWater)))
 }
 
-// sweeper walks the flow tables.
+// sweeper walks the flow tables, in whatever goroutine: it shares nothing with the
+// owner of the data plane but the facts and the descriptors of the maps.
 type sweeper struct {
-	tables [2]flowTables // IPv4, IPv6
-	prog   *ebpf.Program
-	last   [2]Usage // of the previous walk: the kernel keeps no count of a preallocated table
-	seed   uint64   // of the next orphan filter
+	facts atomic.Pointer[sweepFacts] // nil before the first Apply
+	prog  *ebpf.Program
+
+	walking sync.Mutex    // around what follows
+	tables  [2]flowTables // IPv4, IPv6
+	last    [2]Usage      // of the previous walk: the kernel keeps no count of a preallocated table
+	seed    uint64        // of the next orphan filter
 }
 
 func newSweeper(objs *objects) *sweeper {
@@ -44,50 +53,91 @@ func newSweeper(objs *objects) *sweeper {
 	}
 }
 
-// sweepFacts is what a walk needs to know of the policy.
+// sweepFacts is what a walk needs to know of the policy. They are never changed,
+// but replaced.
 type sweepFacts struct {
-	local  map[netip.Addr]bool // addresses of the node
-	timers timers
-	pool   int
+	generation uint64              // number of the Apply they come from
+	local      map[netip.Addr]bool // addresses of the node
+	timers     timers
+	pool       int
 }
 
-// Sweep expires what is past its timer, ends the mappings whose external address
-// has left the node, and detaches devices that have drained. It needs a policy:
-// before the first Apply it does nothing.
-func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
-	if d.applied == nil {
-		return Swept{}, nil
-	}
-	in := d.applied.policy.Input()
-	facts := sweepFacts{local: make(map[netip.Addr]bool), timers: renderTimers(in.Timeouts), pool: len(in.Ports)}
+func renderFacts(in policy.Input, generation uint64) *sweepFacts {
+	f := &sweepFacts{generation: generation, local: make(map[netip.Addr]bool), timers: renderTimers(in.Timeouts), pool: len(in.Ports)}
 	for _, a := range in.HostAddrs {
-		facts.local[a.WithZone("")] = true
+		f.local[a.WithZone("")] = true
 	}
 	for _, dev := range in.Devices {
-		facts.local[dev.IPv4], facts.local[dev.IPv6] = true, true
+		f.local[dev.IPv4], f.local[dev.IPv6] = true, true
 	}
 	for _, r := range in.RouteSources {
-		facts.local[r.Source] = true
+		f.local[r.Source] = true
 	}
-	s, oldest, err := d.sweeper.sweep(ctx, facts)
+	return f
+}
+
+// expect makes the addresses of a policy known before a packet can have one of
+// them. Those of the policies before it stay known until publish.
+func (s *sweeper) expect(in policy.Input) {
+	old := s.facts.Load()
+	if old == nil {
+		return // nothing walks
+	}
+	both := *old
+	both.local = renderFacts(in, 0).local
+	maps.Copy(both.local, old.local)
+	s.facts.Store(&both)
+}
+
+// Sweep is Walk and Drain in one, for the goroutine that owns the data plane.
+func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
+	s, err := d.Walk(ctx)
 	if err != nil {
 		return s, err
 	}
-	return s, d.detachDrained(oldest)
+	return s, d.Drain(s)
 }
 
-// sweep returns the result and the second in which the oldest mapping was made.
-func (s *sweeper) sweep(ctx context.Context, facts sweepFacts) (out Swept, oldest uint32, err error) {
+// Walk expires what is past its timer, and ends the mappings whose external address
+// has left the node. It needs a policy: before the first Apply it does nothing.
+//
+// A walk through a million flows takes more than a second. So Walk, and only Walk,
+// may run in another goroutine than the one that calls all other methods, at the
+// same time as any of them but Close, which waits for nobody. Two walks follow one
+// another.
+func (d *Datapath) Walk(ctx context.Context) (Swept, error) {
+	return d.sweeper.walk(ctx)
+}
+
+// Drain detaches devices that are no masquerade devices any more, once a walk that
+// began after they were given up has found no mapping that is as old as that.
+func (d *Datapath) Drain(s Swept) error {
+	var errs []error
+	for _, a := range d.attached {
+		if a.draining && s.generation > a.given && int32(s.oldest-a.since) > 0 {
+			errs = append(errs, d.detach(a))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
+	s.walking.Lock()
+	defer s.walking.Unlock()
+	facts := s.facts.Load()
+	if facts == nil {
+		return out, nil
+	}
 	start := time.Now()
 	now, err := monotonicSeconds()
 	if err != nil {
-		return out, 0, err
+		return out, err
 	}
 	ports := newPortTally(facts.pool)
-	oldest = now + math.MaxInt32/2 // none
+	out.generation, out.oldest = facts.generation, now+math.MaxInt32/2 // none
 	for i, t := range s.tables {
 		w := walker{
-			facts: facts, ctx: ctx, now: now, tables: t, ports: ports, oldest: &oldest,
+			facts: &s.facts, timers: facts.timers, ctx: ctx, now: now, tables: t, ports: ports, oldest: &out.oldest,
 			paired:  newPairFilter(s.last[i].Flows, s.seed),
 			expired: reaper{prog: s.prog}, vanished: reaper{prog: s.prog}, orphans: reaper{prog: s.prog},
 			percent:        pressure(s.last[i].Flows, int(t.forward.MaxEntries())),
@@ -100,9 +150,9 @@ func (s *sweeper) sweep(ctx context.Context, facts sweepFacts) (out Swept, oldes
 		out.Orphans += w.orphans.removed
 		out.Usage[i], s.last[i] = w.usage, w.usage
 		if err != nil {
-			return out, oldest, err
+			return out, err
 		}
 	}
 	out.Worst, out.Took = ports.worst(), time.Since(start)
-	return out, oldest, nil
+	return out, nil
 }

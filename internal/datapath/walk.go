@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"context"
+	"sync/atomic"
 
 	"bauta.dev/bauta/internal/policy"
 )
@@ -11,7 +12,8 @@ import (
 // timer that its bits speak for. What only the other half knows, the walk
 // through the other table finds.
 type walker struct {
-	facts   sweepFacts
+	facts   *atomic.Pointer[sweepFacts] // the newest: Apply may go on meanwhile
+	timers  timers
 	ctx     context.Context
 	now     uint32
 	tables  flowTables
@@ -78,11 +80,14 @@ func (w *walker) walkInbound() error {
 }
 
 func (w *walker) forward(e flowEntry) error {
-	w.usage.Flows++
+	if w.usage.Flows++; w.usage.Flows%walkBatch == 0 && w.ctx.Err() != nil {
+		return w.ctx.Err()
+	}
 	w.ports.add(e)
 	w.paired.add(e.reverseKey())
 	rec := masqReapRecord{Key: e.key.tuple(), Table: reapForward, Percent: w.percent}
-	if !w.facts.local[e.xlate.Addr()] {
+	// After the entry was read: Apply makes an address known before it is used.
+	if !w.facts.Load().local[e.xlate.Addr()] {
 		rec.Force = 1
 		return w.vanished.add(w.ctx, rec)
 	}
@@ -107,7 +112,7 @@ func (w *walker) reverse(e flowEntry) error {
 }
 
 func (w *walker) due(seen uint32, t timer, percent uint32) bool {
-	limit := uint64(w.facts.timers[t])
+	limit := uint64(w.timers[t])
 	if t != timerTCPEstablished {
 		limit = limit * uint64(percent) / 100
 	}
