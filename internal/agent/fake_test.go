@@ -111,6 +111,8 @@ func (k *fakeKernel) change(f func([]datapath.Attachment) []datapath.Attachment)
 func (k *fakeKernel) set(refuse error) { k.refuse.Store(&refuse) }
 
 func (k *fakeKernel) say(format string, args ...any) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	k.lines = append(k.lines, fmt.Sprintf("%5.2fs ", time.Since(k.started).Seconds())+fmt.Sprintf(format, args...))
 }
 
@@ -148,10 +150,12 @@ func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
 	return nil
 }
 
-func (k *fakeKernel) Sweep(context.Context) (datapath.Swept, error) {
+func (k *fakeKernel) Walk(context.Context) (datapath.Swept, error) {
 	k.say("sweep")
 	return datapath.Swept{}, nil
 }
+
+func (k *fakeKernel) Drain(datapath.Swept) error { return nil }
 
 func (k *fakeKernel) Attached() []datapath.Attachment {
 	k.mu.Lock()

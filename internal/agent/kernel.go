@@ -19,8 +19,9 @@ import (
 type backend interface {
 	Apply(context.Context, *policy.Policy) error
 	Attached() []datapath.Attachment
-	Healthy() bool // cheaper than Attached
-	Sweep(context.Context) (datapath.Swept, error)
+	Healthy() bool                                // cheaper than Attached
+	Walk(context.Context) (datapath.Swept, error) // may run beside the others
+	Drain(datapath.Swept) error
 	Close() error
 }
 

@@ -87,8 +87,11 @@ type loop struct {
 	attempted  bool
 	retry      time.Duration // pause after the last error; zero: there was none
 	sweepErr   error
-	portsError string   // why the pool is not what it should be
-	warned     []string // that the log has
+	walking    bool        // a walk through the flow tables is under way
+	walkAgain  bool        // and another is wanted
+	walked     chan walked // its result
+	portsError string      // why the pool is not what it should be
+	warned     []string    // that the log has
 
 	published atomic.Pointer[view]
 }
@@ -121,6 +124,8 @@ func (l *loop) run(ctx context.Context) error {
 	patience := time.NewTimer(l.timing.patience)
 	defer patience.Stop()
 	soon := func() { due.Reset(0) } // the watchers have collected bursts
+	l.walked = make(chan walked, 1)
+	defer l.awaitWalk()
 	l.stale, l.force = allStale, true
 	for {
 		select {
@@ -170,6 +175,8 @@ func (l *loop) run(ctx context.Context) error {
 			l.reconcile(ctx, due)
 		case <-sweep.C:
 			l.sweep(ctx)
+		case w := <-l.walked:
+			l.swept(ctx, w)
 		case <-alive:
 			l.systemd.alive()
 		}
@@ -370,19 +377,4 @@ func deviceNames(list []policy.Device) []string {
 		names[i] = d.Name
 	}
 	return names
-}
-
-func (l *loop) sweep(ctx context.Context) {
-	swept, err := l.kernel.Sweep(ctx)
-	if ctx.Err() != nil {
-		return
-	}
-	if err != nil && (l.sweepErr == nil || l.sweepErr.Error() != err.Error()) {
-		l.log.Warn("sweep of the flow tables incomplete, retrying", "error", err, "after", l.timing.sweep)
-	}
-	l.sweepErr = err
-	if swept.Vanished > 0 {
-		l.log.Info("mappings ended, their address has left the node", "mappings", swept.Vanished)
-	}
-	l.log.Debug("swept", "expired", swept.Expired, "orphans", swept.Orphans, "took", swept.Took)
 }

@@ -1,0 +1,58 @@
+package agent
+
+import (
+	"context"
+
+	"bauta.dev/bauta/internal/datapath"
+)
+
+// walked is the result of a walk through the flow tables.
+type walked struct {
+	swept datapath.Swept
+	err   error
+}
+
+// sweep starts a walk through the flow tables, beside the loop: with a million
+// flows it takes longer than a policy may wait. One walk runs at a time.
+func (l *loop) sweep(ctx context.Context) {
+	if l.walking {
+		l.walkAgain = true
+		return
+	}
+	l.walking = true
+	go func() {
+		swept, err := l.kernel.Walk(ctx)
+		l.walked <- walked{swept, err}
+	}()
+}
+
+// swept takes the result of a walk.
+func (l *loop) swept(ctx context.Context, w walked) {
+	l.walking = false
+	if ctx.Err() != nil {
+		return
+	}
+	err := w.err
+	if err == nil {
+		err = l.kernel.Drain(w.swept)
+	}
+	if err != nil && (l.sweepErr == nil || l.sweepErr.Error() != err.Error()) {
+		l.log.Warn("sweep of the flow tables incomplete, retrying", "error", err, "after", l.timing.sweep)
+	}
+	l.sweepErr = err
+	if w.swept.Vanished > 0 {
+		l.log.Info("mappings ended, their address has left the node", "mappings", w.swept.Vanished)
+	}
+	l.log.Debug("swept", "expired", w.swept.Expired, "orphans", w.swept.Orphans, "took", w.swept.Took)
+	if l.walkAgain {
+		l.walkAgain = false
+		l.sweep(ctx)
+	}
+}
+
+// awaitWalk returns when no walk is under way: the data plane is going to be closed.
+func (l *loop) awaitWalk() {
+	if l.walking {
+		<-l.walked
+	}
+}
