@@ -77,7 +77,6 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 				      const struct setting *set, __u32 i)
 {
-	struct flow entry = {};
 	__be16 port;
 	long err;
 
@@ -95,10 +94,9 @@ static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 	/* The own port of a node's flow is held by the very socket that sends. */
 	if (!(s->claim.bits & FLOW_HOST && i == 0) && claim_node_owns(skb, &s->reverse))
 		return false;
-	entry.seen = entry.created = now_seconds();
-	entry.port = s->flow.lport;
-	entry.bits = s->claim.bits;
-	err = flow_add(REVERSE, &s->reverse, &entry, &s->flow.local);
+	s->entry.flow = (struct flow){ .port = s->flow.lport, .bits = s->claim.bits };
+	s->entry.flow.seen = s->entry.flow.created = now_seconds();
+	err = flow_add(REVERSE, &s->reverse, &s->entry, &s->flow.local);
 	if (err == -EEXIST)
 		return false;
 	s->claim.outcome = OUT_CONTINUE;

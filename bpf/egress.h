@@ -61,14 +61,14 @@ static __always_inline struct flow *egress_reverse(struct scratch *s)
 static __noinline bool egress_confirm(struct __sk_buff *skb, struct scratch *s, __u8 bits,
 				      __u32 now)
 {
-	struct flow entry = { .seen = now, .created = now, .port = s->flow.lport };
-
 	if (egress_reverse(s))
 		return endpoint_is(&s->owner, &s->flow.local, s->flow.lport);
-	entry.bits = bits & FLOW_HOST;
-	if (!entry.bits && claim_node_owns(skb, &s->reverse))
+	bits &= FLOW_HOST;
+	if (!bits && claim_node_owns(skb, &s->reverse))
 		return false;
-	return flow_add(REVERSE, &s->reverse, &entry, &s->flow.local) == 0;
+	s->entry.flow =
+		(struct flow){ .seen = now, .created = now, .port = s->flow.lport, .bits = bits };
+	return flow_add(REVERSE, &s->reverse, &s->entry, &s->flow.local) == 0;
 }
 
 /* A SYN on a mapping that has seen more than SYNs opens a new connection on it: both halves
@@ -119,9 +119,8 @@ static __always_inline enum pool egress_pool(const struct packet *pkt)
 static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch *s, __u8 bits)
 {
 	struct packet *pkt = &s->packet;
-	struct flow entry = { .packets = pkt->segments, .bytes = pkt->bytes };
 	struct setting *set;
-	__u32 generation = 0;
+	__u32 generation = 0, now;
 	enum outcome out;
 	long err;
 
@@ -136,10 +135,16 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 									      : out;
 
 	s->to.port = s->reverse.lport;
-	entry.seen = entry.created = now_seconds();
-	entry.port = s->to.port;
-	entry.bits = flow_bits(bits, pkt);
-	err = flow_add(FORWARD, &s->flow, &entry, &s->to.addr);
+	now = now_seconds();
+	s->entry.flow = (struct flow){
+		.seen = now,
+		.created = now,
+		.packets = pkt->segments,
+		.port = s->to.port,
+		.bits = flow_bits(bits, pkt),
+		.bytes = pkt->bytes,
+	};
+	err = flow_add(FORWARD, &s->flow, &s->entry, &s->to.addr);
 	if (err == -EEXIST) {
 		/* Another CPU was faster with this flow: its mapping is the flow's. */
 		struct flow *f = flow_find(FORWARD, &s->flow, &s->to);
@@ -148,12 +153,12 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 			flow_delete(REVERSE, &s->reverse);
 		if (!f)
 			return OUT_DROP_MAP_ERROR;
-		flow_touch(f, pkt, entry.seen);
+		flow_touch(f, pkt, now);
 	} else if (err) {
 		if (!s->claim.reused)
 			flow_delete(REVERSE, &s->reverse);
 		return err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
-	} else if (s->claim.reused && !egress_confirm(skb, s, bits, entry.seen)) {
+	} else if (s->claim.reused && !egress_confirm(skb, s, bits, now)) {
 		/* The reaper took the reverse half for an orphan meanwhile, and another flow its port. */
 		flow_delete(FORWARD, &s->flow);
 		return OUT_DROP_MAP_ERROR;

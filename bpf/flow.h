@@ -95,24 +95,25 @@ static __always_inline struct flow *flow_find(enum table table, const struct tup
 	return f->tag == flow_tag(t) ? f : NULL;
 }
 
-/* Inserts an entry for t unless there is one: 0, or -EEXIST, -E2BIG (full), another errno. */
-static __noinline long flow_add(enum table table, const struct tuple *t, struct flow *f,
+/* Inserts an entry for t unless there is one: 0, or -EEXIST, -E2BIG (full), another errno. The
+ * caller has filled entry->flow. */
+static __noinline long flow_add(enum table table, const struct tuple *t, union flow_entry *entry,
 				const struct addr *addr)
 {
-	f->tag = flow_tag(t);
+	struct tuple4 k;
+
+	entry->flow.tag = flow_tag(t);
 	if (tuple_is_ipv4(t)) {
-		struct flow4 v = { .flow = *f, .addr = addr->w[3] };
-		struct tuple4 k;
-
 		tuple_shorten(t, &k);
-		return table == FORWARD ? bpf_map_update_elem(&forward4, &k, &v, BPF_NOEXIST)
-					: bpf_map_update_elem(&reverse4, &k, &v, BPF_NOEXIST);
-	} else {
-		struct flow6 v = { .flow = *f, .addr = *addr };
-
-		return table == FORWARD ? bpf_map_update_elem(&forward6, t, &v, BPF_NOEXIST)
-					: bpf_map_update_elem(&reverse6, t, &v, BPF_NOEXIST);
+		entry->v4.addr = addr->w[3];
+		entry->v4.pad = 0;
+		return table == FORWARD
+			       ? bpf_map_update_elem(&forward4, &k, &entry->v4, BPF_NOEXIST)
+			       : bpf_map_update_elem(&reverse4, &k, &entry->v4, BPF_NOEXIST);
 	}
+	entry->v6.addr = *addr;
+	return table == FORWARD ? bpf_map_update_elem(&forward6, t, &entry->v6, BPF_NOEXIST)
+				: bpf_map_update_elem(&reverse6, t, &entry->v6, BPF_NOEXIST);
 }
 
 static __always_inline void flow_delete(enum table table, const struct tuple *t)

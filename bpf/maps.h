@@ -59,6 +59,13 @@ struct flow6 {
 	struct addr addr;
 };
 
+/* A value of either family, to be filled without knowing which. */
+union flow_entry {
+	struct flow flow;
+	struct flow4 v4;
+	struct flow6 v6;
+};
+
 _Static_assert(sizeof(struct tuple) == 40 && sizeof(struct tuple4) == 16,
 	       "keys have no hidden padding");
 _Static_assert(sizeof(struct flow4) == 32 && sizeof(struct flow6) == 40,
@@ -233,7 +240,10 @@ struct claim {
 /* What the stages hand to each other. In a map and not on the stack, because the verifier tracks
  * every byte of a stack: each combination of header kinds would be a state of its own in all
  * that follows (more than a million instructions). Map memory it takes as unknown. Programs of
- * the tc hooks run with soft interrupts disabled, so one slot a CPU is enough. */
+ * the tc hooks run with soft interrupts disabled, so one slot a CPU is enough.
+ *
+ * It also keeps frames small: kernels 5.10 and 6.1 round each frame of a call chain up to 32 bytes
+ * (6.18 to 16), and refuse more than 512 ("combined stack size of 6 calls is 544"). */
 struct scratch {
 	struct packet packet;
 	struct packet quote; /* the packet that an ICMP error quotes */
@@ -242,6 +252,7 @@ struct scratch {
 	struct endpoint to; /* the translation */
 	struct endpoint owner; /* what a reverse entry says */
 	struct claim claim;
+	union flow_entry entry; /* what flow_add() inserts */
 };
 
 struct {

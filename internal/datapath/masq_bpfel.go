@@ -213,6 +213,12 @@ type masqScratch struct {
 		Reused  uint8
 		Pad     uint8
 	}
+	_     [4]byte
+	Entry struct {
+		_    structs.HostLayout
+		Flow masqFlow
+		_    [16]byte
+	}
 }
 
 type masqSetting struct {
