@@ -6,7 +6,7 @@ ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check lint test bench demo ci ci-generated
+.PHONY: help build generate check lint test kernels bench demo ci ci-generated
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ generate: ## the BPF objects, with the pinned clang
 
 ci-generated: generate ## proves that the committed objects are what the sources give
 	git diff --exit-code -- internal/datapath docs
+
+kernels: ## the data plane on 5.10, 6.1, 6.12 and the newest kernel in QEMU (10 minutes)
+	@tools/need kernels
+	test/kernels/run
 
 bench: ## ns per packet of the programs (root)
 	go test -run '^$$' -bench . -benchtime 1x -count 5 ./internal/datapath

@@ -61,6 +61,7 @@ func TestProgram(t *testing.T) {
 		{"Inbound", testInbound},
 		{"InboundLatePacket", testInboundLatePacket},
 		{"InboundLearning", testInboundLearning},
+		{"InboundNotByAnswers", testInboundNotByAnswers},
 		{"InboundExpiry", testInboundExpiry},
 		{"InboundExpiredArrives", testInboundExpiredArrives},
 		{"Stray", testStray},
@@ -122,9 +123,11 @@ func (r *rig) must(err error) {
 	}
 }
 
-// apply puts a policy in force and forgets all flows.
+// apply puts a policy in force and forgets all flows, and the policy before it:
+// what that passed matters to answers that are under way.
 func (r *rig) apply(in policy.Input) *policy.Policy {
 	r.t.Helper()
+	r.reapply(in)
 	p := r.reapply(in)
 	r.clear()
 	return p
@@ -207,6 +210,13 @@ func (r *rig) readCounts() []uint64 {
 	perCPU := make([]masqCounter, slots*cpus)
 	var cursor ebpf.MapBatchCursor
 	n, err := r.d.objs.Counters.BatchLookup(&cursor, keys, perCPU, nil)
+	if errors.Is(err, ebpf.ErrNotSupported) { // before kernel 5.13
+		for n = range slots {
+			keys[n] = uint32(n)
+			r.must(r.d.objs.Counters.Lookup(keys[n], perCPU[n*cpus:(n+1)*cpus]))
+		}
+		n, err = slots, nil
+	}
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		r.t.Fatal(err)
 	}
@@ -222,7 +232,7 @@ func (r *rig) readCounts() []uint64 {
 // skbContext is struct __sk_buff (linux/bpf.h); a test run takes the named fields.
 type skbContext struct {
 	_              [9]uint32
-	IngressIfindex uint32
+	IngressIfindex uint32 // only at egress: kernel 5.10 takes none but 0
 	Ifindex        uint32
 	_              [29]uint32
 	WireLen        uint32
@@ -252,9 +262,6 @@ func (r *rig) run(dir direction, dev string, link packet.Link, frame []byte) res
 
 func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbContext, repeat uint32) result {
 	r.t.Helper()
-	if dir == ingress {
-		ctx.IngressIfindex = ctx.Ifindex
-	}
 	out := make([]byte, len(frame)+64)
 	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx, Repeat: repeat}
 	var verdict uint32
@@ -397,8 +404,15 @@ func (r *rig) drop(pick func(flowTables) *ebpf.Map) {
 func (r *rig) age(pick func(flowTables) *ebpf.Map, seconds uint32) {
 	r.t.Helper()
 	for _, t := range r.d.sweeper.tables {
+		// The keys first: a replaced element moves to the head of its bucket, and a walk could
+		// go round between two of them for ever.
+		var keys [][]byte
 		key, err := pick(t).NextKeyBytes(nil)
 		for ; err == nil && key != nil; key, err = pick(t).NextKeyBytes(key) {
+			keys = append(keys, key)
+		}
+		r.must(err)
+		for _, key := range keys {
 			value, err := pick(t).LookupBytes(key)
 			r.must(err)
 			// seen is the first word of every value.
@@ -406,6 +420,5 @@ func (r *rig) age(pick func(flowTables) *ebpf.Map, seconds uint32) {
 			nativeEndian.PutUint32(value, seen)
 			r.must(pick(t).Put(key, value))
 		}
-		r.must(err)
 	}
 }
