@@ -88,22 +88,29 @@ static __always_inline bool inbound_learns(const struct packet *pkt, __u32 now)
 	       (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) != (TCP_SYN | TCP_ACK);
 }
 
+/* Does a flow of a pod to this remote leave untranslated for a reason of lines 4 to 8? */
+static __always_inline bool inbound_exempt(__u32 generation, const struct addr *remote)
+{
+	struct rule *r = policy_lookup(generation, TRIE_DESTINATION, remote);
+
+	return r && r->outcome;
+}
+
 /* May an arriving packet open a connection to a pod? A SYN and an ICMP query say so themselves.
- * Others (UDP) may as well be answers to a pod's own flow: while that leaves untranslated for a
- * reason of lines 1 to 8, no entry is needed, and there must be none when the reason is gone. */
+ * Others (UDP) may as well be answers to a pod's own flow. While that leaves untranslated no
+ * entry is needed, and when the reason is gone there must be none: the last answers come when
+ * the policy has changed already, so the one before it is asked too. */
 static __always_inline bool inbound_opens(const struct packet *pkt, const struct setting *set,
 					  __u32 generation, __u32 now)
 {
-	struct rule *r;
-
 	if (is_opening(pkt))
 		return true;
 	if (pkt->kind != KIND_PORTS && pkt->kind != KIND_BARE)
 		return false;
 	if (pkt->proto == IPPROTO_TCP && !inbound_learns(pkt, now))
 		return false;
-	r = policy_lookup(generation, TRIE_DESTINATION, &pkt->src);
-	return set->enabled[pkt->family & 1] && !(r && r->outcome);
+	return set->enabled[pkt->family & 1] && !inbound_exempt(generation, &pkt->src) &&
+	       !inbound_exempt(generation ^ 1, &pkt->src);
 }
 
 /* Notes an arriving packet that is no mapping's. */

@@ -100,6 +100,28 @@ func testInboundLearning(t *testing.T, r *rig) {
 	})
 }
 
+// Answers to a pod's own untranslated flow make no inbound entry, neither while its
+// exclusion stands nor when it has just gone: the flow would go on leaving with the
+// pod's address.
+func testInboundNotByAnswers(t *testing.T, r *rig) {
+	in := r.familyInput()
+	r.apply(in)
+	eachFamily(t, r, func(r *rig, f family) {
+		r.apply(in)
+		p := f.udp().To(f.excluded, 53)
+		r.expect(egress, p, policy.PassNative)
+		r.expect(ingress, p.Reply(), policy.PassNoMapping)
+		without := in
+		without.Native = nil
+		r.reapply(without)
+		r.expect(ingress, p.Reply(), policy.PassNoMapping)
+		r.translate(p, policy.MasqNew, f.node)
+		r.clear()
+		r.reapply(without)
+		r.expect(ingress, p.Reply(), policy.PassInbound) // by now it was opened from outside
+	})
+}
+
 // UDP and ICMP of an inbound connection are kept alive by arriving packets only;
 // TCP by both sides. An entry past its timer counts as none.
 func testInboundExpiry(t *testing.T, r *rig) {

@@ -42,10 +42,14 @@ func (w *uplink) send(from, dst netip.Addr) (match func(lab.Packet) bool) {
 	w.n.t.Helper()
 	w.sent++
 	mark := fmt.Appendf(nil, "<probe %d>", w.sent)
-	var local netip.AddrPort
-	if from.IsValid() {
-		local = netip.AddrPortFrom(from, 0)
+	// A port of its own: a port used before may still have a mapping to the same place.
+	if !from.IsValid() {
+		from = netip.IPv4Unspecified()
+		if dst.Is6() {
+			from = netip.IPv6Unspecified()
+		}
 	}
+	local := netip.AddrPortFrom(from, uint16(20000+w.sent))
 	conn, err := lab.DialUDP(w.n.t.Context(), w.pod, local, netip.AddrPortFrom(dst, 9))
 	if err != nil {
 		w.n.t.Fatal(err)
