@@ -32,7 +32,7 @@ lint: ## gofmt, staticcheck, clang-format, shellcheck
 	@test -z "$$(gofmt -l cmd internal test)" || { gofmt -l cmd internal test; echo "run gofmt -w on these"; exit 1; }
 	go tool -modfile=tools/go.mod staticcheck ./...
 	clang-format-19 --dry-run --Werror bpf/*.c bpf/*.h
-	shellcheck tools/need .ci/run
+	shellcheck tools/need .ci/run $(wildcard test/kernels/run test/kernels/fetch)
 
 generate: ## the BPF objects, with the pinned clang
 	@tools/need generate
