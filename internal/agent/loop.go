@@ -208,6 +208,9 @@ func (l *loop) reconcile(ctx context.Context, due *time.Timer) {
 		l.retry = 0
 	}
 	l.publish()
+	if l.agent.Ready {
+		l.systemd.ready() // after readers can see it
+	}
 }
 
 // follow reads the facts anew and applies the policy they make if it is another one.
@@ -235,7 +238,6 @@ func (l *loop) follow(ctx context.Context) error {
 	l.agent.LastApply = time.Now()
 	if !l.agent.Ready && (attach == nil || onSome(l.kernel.Attached(), l.wanted.input.Devices)) {
 		l.agent.Ready = true
-		l.systemd.ready()
 	}
 	if news {
 		l.logApplied(l.wanted.input)
