@@ -208,9 +208,6 @@ func (l *loop) reconcile(ctx context.Context, due *time.Timer) {
 		l.retry = 0
 	}
 	l.publish()
-	if l.agent.Ready {
-		l.systemd.ready() // after readers can see it
-	}
 }
 
 // follow reads the facts anew and applies the policy they make if it is another one.

@@ -29,6 +29,9 @@ func (l *loop) publish() {
 	}
 	v.warnings = l.warnings()
 	before := l.published.Swap(v)
+	if l.agent.Ready {
+		l.systemd.ready() // not before readers can see it
+	}
 	l.logWarnings(v.warnings)
 	if text := v.summary(); before == nil || before.summary() != text {
 		l.systemd.status(text)
