@@ -13,12 +13,9 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// Offset of tc_index in struct __sk_buff.
-const tcIndexOffset = 44
-
 // again returns a program that puts the headers of frame back into the packet, and
 // then calls next: a repeated test run goes on with what the program made of the
-// packet, and a translated packet bears a mark. random gives each packet another
+// packet. random gives each packet another
 // source port and, in the last two bytes, another source address.
 func again(b *testing.B, next *ebpf.Program, frame []byte, p packet.Packet, random bool) *ebpf.Program {
 	b.Helper()
@@ -48,7 +45,6 @@ func again(b *testing.B, next *ebpf.Program, frame []byte, p packet.Packet, rand
 			asm.StoreMem(asm.RFP, base+source, asm.R0, asm.Half))
 	}
 	ins = append(ins,
-		asm.Mov.Imm(asm.R0, 0), asm.StoreMem(asm.R6, tcIndexOffset, asm.R0, asm.Word),
 		asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Imm(asm.R2, 14),
 		asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(base)),
 		asm.Mov.Imm(asm.R4, int32(len(body))), asm.Mov.Imm(asm.R5, 0), asm.FnSkbStoreBytes.Call(),
