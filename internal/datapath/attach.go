@@ -119,7 +119,7 @@ func (d *Datapath) attachProgram(a *attachment, dir direction) error {
 		}
 		a.current[dir] = true
 	}
-	if d.features.TCX {
+	if d.features.Has(TCX) {
 		return d.attachLink(a, dir, prog)
 	}
 	a.filters = true
@@ -131,7 +131,7 @@ func (d *Datapath) attachProgram(a *attachment, dir direction) error {
 // A clsact qdisc of ours stays, empty: with it the kernel would stop the device,
 // and lose packets.
 func (d *Datapath) dropOtherHook(a *attachment) error {
-	if !d.features.TCX {
+	if !d.features.Has(TCX) {
 		d.dropLinks(a)
 		return nil
 	}

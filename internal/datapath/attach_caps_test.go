@@ -19,30 +19,34 @@ import (
 )
 
 // fewCapsEnv makes the test below the process with the least capabilities, for the
-// root directory that it names; noTCXEnv makes it attach filters.
+// root directory that it names; lowestEnv leaves out all features.
 const (
 	fewCapsEnv = "BAUTA_TEST_FEW_CAPABILITIES"
-	noTCXEnv   = "BAUTA_TEST_NO_TCX"
+	lowestEnv  = "BAUTA_TEST_LOWEST_TIER"
 )
 
 // CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are enough to take over, to attach and to
 // look; our own program is then no program ahead of ours.
 func TestAttachWithFewCapabilities(t *testing.T) {
 	if root := os.Getenv(fewCapsEnv); root != "" {
-		withFewCapabilities(t, root, os.Getenv(noTCXEnv) != "")
+		var without []Feature
+		if os.Getenv(lowestEnv) != "" {
+			without = AllFeatures()
+		}
+		withFewCapabilities(t, root, without)
 		return
 	}
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		b.apply(nodePolicy(t, topo))
 		b.close()
 		env := fewCapsEnv + "=" + b.opt.Root
-		tcx := noTCXEnv + "="
-		if noTCX {
-			tcx += "1"
+		tier := lowestEnv + "="
+		if without != nil {
+			tier += "1"
 		}
-		out, err := topo.Node.Run(within(t, time.Minute), "env", env, tcx, os.Args[0], "-test.run=^TestAttachWithFewCapabilities$", "-test.v")
+		out, err := topo.Node.Run(within(t, time.Minute), "env", env, tier, os.Args[0], "-test.run=^TestAttachWithFewCapabilities$", "-test.v")
 		if err != nil || !strings.Contains(out, hookSeen+string(hook)) {
 			t.Errorf("%v\n%s", err, out)
 		}
@@ -51,7 +55,7 @@ func TestAttachWithFewCapabilities(t *testing.T) {
 
 const hookSeen = "attached by "
 
-func withFewCapabilities(t *testing.T, root string, noTCX bool) {
+func withFewCapabilities(t *testing.T, root string, without []Feature) {
 	runtime.LockOSThread()
 	few := [2]unix.CapUserData{}
 	for _, c := range []int{unix.CAP_NET_ADMIN, unix.CAP_PERFMON, unix.CAP_BPF} {
@@ -82,7 +86,7 @@ func withFewCapabilities(t *testing.T, root string, noTCX bool) {
 		look(when, got, err)
 	}
 	inspect("with the agent down")
-	d, err := Open(Options{Root: root, NoTCX: noTCX, AllowPrivateBPFFS: true})
+	d, err := Open(Options{Root: root, Without: without, AllowPrivateBPFFS: true})
 	if err != nil {
 		t.Fatal(text(err))
 	}

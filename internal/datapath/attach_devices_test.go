@@ -20,9 +20,9 @@ import (
 // A device is deleted and made again: the new one is another device, whatever its
 // name, and is attached when a policy names it.
 func TestAttachDeviceMadeAgain(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{SecondUplink: true})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		add := func() policy.Device {
 			t.Helper()
@@ -77,9 +77,9 @@ func TestAttachDeviceMadeAgain(t *testing.T) {
 // ones; it is detached when the last flow of its time has ended, whatever goes on
 // elsewhere.
 func TestAttachDraining(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		b.apply(in)
 		server, err := lab.EchoUDP(topo.World, netip.AddrPortFrom(topo.WorldAddr.V4, 0))
@@ -133,7 +133,7 @@ func TestAttachDraining(t *testing.T) {
 // Programs of others stay, whatever we do, and are named when they come before
 // ours. So stays a clsact qdisc that others use.
 func TestAttachAmongForeignPrograms(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
 		index, err := topo.Node.Index("eth0")
 		if err != nil {
@@ -161,7 +161,7 @@ func TestAttachAmongForeignPrograms(t *testing.T) {
 			attachForeign(t, topo.Node, index, foreign, link.Tail())
 		}
 		before := chain(t, topo.Node, "eth0")
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		b.apply(nodePolicy(t, topo))
 		ahead := map[Hook]string{HookTCX: "[]", HookTC: "[bpf filter theirs, priority 1]"}[hook]
 		if got := b.attachments(); len(got) != 1 || fmt.Sprint(got[0].Ahead) != ahead {

@@ -37,7 +37,7 @@ func nodePolicy2(t testing.TB, topo *lab.Topology) policy.Input {
 func TestAttachIngressQdisc(t *testing.T) {
 	t.Parallel()
 	topo := labtest.NewNode(t, lab.Options{SecondUplink: true})
-	b := newBench(t, topo.Node, Options{NoTCX: true})
+	b := newBench(t, topo.Node, Options{Without: []Feature{TCX}})
 	in := nodePolicy2(t, topo)
 	eth1 := in.Devices[1].Index
 	foreign := foreignProgram(t)

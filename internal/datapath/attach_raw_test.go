@@ -15,9 +15,9 @@ import (
 // The programs for devices without a link-layer header are loaded with the first
 // such device, attached or taken over, and work on the same flows.
 func TestAttachRawDevice(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		b.apply(in)
 		if b.raw.Egress != nil || b.raw.Ingress != nil {

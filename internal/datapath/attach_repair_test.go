@@ -25,9 +25,9 @@ func (b *bench) healthy() (ok bool) {
 // What others take away is noticed, whoever looks first, and the next Apply puts
 // it back.
 func TestAttachRepairs(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		b.apply(in)
 		index := in.Devices[0].Index
@@ -90,9 +90,9 @@ func detachLink(root string, index int, dir direction) error {
 // An Apply that finds everything in place makes no news: it may be a reaction to
 // news itself.
 func TestAttachIsSilent(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		b.apply(in)
 		err := topo.Node.Do(func() error {

@@ -11,17 +11,18 @@ import (
 	"bauta.dev/bauta/internal/lab/labtest"
 )
 
-// eachHook runs a test with tcx, where the kernel has it, and with clsact.
-func eachHook(t *testing.T, f func(t *testing.T, noTCX bool, hook Hook)) {
+// eachHook runs a test with all that the kernel has, if tcx is among it, and with
+// nothing that 5.10 does not have, and so with clsact.
+func eachHook(t *testing.T, f func(t *testing.T, without []Feature, hook Hook)) {
 	t.Parallel()
 	t.Run("tcx", func(t *testing.T) {
 		t.Parallel()
 		labtest.Kernel(t, labtest.TCX)
-		f(t, false, HookTCX)
+		f(t, nil, HookTCX)
 	})
 	t.Run("tc", func(t *testing.T) {
 		t.Parallel()
-		f(t, true, HookTC)
+		f(t, AllFeatures(), HookTC)
 	})
 }
 
@@ -47,9 +48,9 @@ func askAll(t testing.TB, topo *lab.Topology, want lab.Pair) error {
 }
 
 func TestAttachBothHooks(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		r := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		r := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		r.apply(in)
 		r.apply(in) // again changes nothing

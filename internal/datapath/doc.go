@@ -25,7 +25,8 @@ type Options struct {
 	Flows uint32 // flows a family, a power of two; 0: keep the tables there are, else DefaultFlows
 	// DefaultFlows sizes new tables when Flows is 0.
 	DefaultFlows uint32
-	NoTCX        bool // attach with clsact even where the kernel has tcx
+	// Without names features to leave unused although the kernel has them.
+	Without []Feature
 	// AllowPrivateBPFFS lets Root be on a bpffs outside the host's mount namespace (labs).
 	AllowPrivateBPFFS bool
 	Log               *slog.Logger

@@ -75,9 +75,6 @@ func Open(opt Options) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	if opt.NoTCX {
-		features.TCX = false
-	}
 	if err := prepareRoot(opt); err != nil {
 		return nil, err
 	}
@@ -85,7 +82,7 @@ func Open(opt Options) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Datapath{opt: opt, features: features, lock: lock, attached: make(map[int]*attachment)}
+	d := &Datapath{opt: opt, features: features.Without(opt.Without...), lock: lock, attached: make(map[int]*attachment)}
 	if err := d.open(); err != nil {
 		d.Close()
 		return nil, err

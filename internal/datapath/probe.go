@@ -12,13 +12,64 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
-// Features is what the running kernel offers, found by trying, never by version.
-type Features struct {
-	TCX         bool // ordered, pinned attachment; kernel 6.6
-	CoarseClock bool // bpf_ktime_get_coarse_ns; 5.11
-	CsumIPv6    bool // BPF_F_IPV6 of bpf_l4_csum_replace; 6.16 and stable trees
+// Feature is something that not every kernel from 5.10 on has.
+type Feature uint8
+
+const (
+	TCX         Feature = iota // ordered, pinned attachment; kernel 6.6
+	CoarseClock                // bpf_ktime_get_coarse_ns; 5.11
+	CsumIPv6                   // BPF_F_IPV6 of bpf_l4_csum_replace; 6.16 and stable trees
+	Atomics                    // atomic operations that return the old value; 5.12
+	ForEach                    // bpf_for_each_map_elem; 5.13
+	Timers                     // bpf_timer; 5.15
+	Loop                       // bpf_loop; 5.17
+	FIBSource                  // BPF_FIB_LOOKUP_SRC of bpf_fib_lookup; 6.7
+)
+
+// kernelFeatures says of each Feature how a kernel is tried, never by version. A knob
+// is a constant of bpf/config.h; without one the programs do not use the feature.
+// What the verifier refuses even in dead code (Atomics, ForEach, Timers and Loop on
+// kernels without them) belongs into a program that is loaded only where it is had.
+var kernelFeatures = [...]struct {
+	name, knob string
+	have       func() (bool, error)
+}{
+	TCX:         {"tcx", "", probeTCX},
+	CoarseClock: {"coarse clock", "have_coarse_clock", probeHelper(asm.FnKtimeGetCoarseNs)},
+	CsumIPv6:    {"IPv6 checksum flag", "have_csum_ipv6", probeCsumIPv6},
+	Atomics:     {"atomics", "", probeAtomics},
+	ForEach:     {"for-each", "", probeHelper(asm.FnForEachMapElem)},
+	Timers:      {"timers", "", probeHelper(asm.FnTimerInit)},
+	Loop:        {"loop", "", probeHelper(asm.FnLoop)},
+	FIBSource:   {"route source", "", probeFIBSource},
+}
+
+func (f Feature) String() string { return kernelFeatures[f].name }
+
+// AllFeatures returns every Feature; without them any kernel is as good as 5.10.
+func AllFeatures() []Feature {
+	all := make([]Feature, len(kernelFeatures))
+	for f := range all {
+		all[f] = Feature(f)
+	}
+	return all
+}
+
+// Features is a set of them.
+type Features uint32
+
+// Has tells whether f is in the set.
+func (s Features) Has(f Feature) bool { return s>>f&1 != 0 }
+
+// Without returns the set without some features.
+func (s Features) Without(features ...Feature) Features {
+	for _, f := range features {
+		s &^= 1 << f
+	}
+	return s
 }
 
 // loopback has index 1 in every network namespace.
@@ -26,61 +77,112 @@ const loopback = 1
 
 // Probe tries the kernel. An error means that eBPF mode cannot work at all.
 func Probe() (Features, error) {
-	var f Features
 	if err := features.HaveProgramType(ebpf.SchedCLS); err != nil {
 		if errors.Is(err, os.ErrPermission) {
-			return f, hint(fmt.Errorf("load a tc program: %w", err), needPrivilege)
+			return 0, hint(fmt.Errorf("load a tc program: %w", err), needPrivilege)
 		}
-		return f, hint(fmt.Errorf("load a tc program: %w", err), noEBPF)
+		return 0, hint(fmt.Errorf("load a tc program: %w", err), noEBPF)
 	}
+	var set Features
+	for f, k := range kernelFeatures {
+		have, err := k.have()
+		if err != nil {
+			return 0, fmt.Errorf("probe %s: %w", k.name, err)
+		}
+		if have {
+			set |= 1 << f
+		}
+	}
+	return set, nil
+}
+
+func probeTCX() (bool, error) {
 	_, err := link.QueryPrograms(link.QueryOptions{Target: loopback, Attach: ebpf.AttachTCXEgress})
-	f.TCX = err == nil
-	f.CoarseClock = features.HaveProgramHelper(ebpf.SchedCLS, asm.FnKtimeGetCoarseNs) == nil
-	f.CsumIPv6, err = probeCsumIPv6()
-	return f, err
+	return err == nil, nil
+}
+
+func probeHelper(helper asm.BuiltinFunc) func() (bool, error) {
+	return func() (bool, error) { return features.HaveProgramHelper(ebpf.SchedCLS, helper) == nil, nil }
 }
 
 // probeCsumIPv6 runs bpf_l4_csum_replace with the flag: unknown ones are EINVAL.
 func probeCsumIPv6() (bool, error) {
 	const pseudoHeader, ipv6 = 1 << 4, 1 << 7
-	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.SchedCLS,
-		Instructions: asm.Instructions{
-			asm.Mov.Imm(asm.R2, 50),
-			asm.Mov.Imm(asm.R3, 0),
-			asm.Mov.Imm(asm.R4, 0),
-			asm.Mov.Imm(asm.R5, pseudoHeader|ipv6),
-			asm.FnL4CsumReplace.Call(),
-			asm.Return(),
-		},
-		License: "Dual BSD/GPL",
+	ret, err := tryRun(asm.Instructions{
+		asm.Mov.Imm(asm.R2, 50),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.Mov.Imm(asm.R4, 0),
+		asm.Mov.Imm(asm.R5, pseudoHeader|ipv6),
+		asm.FnL4CsumReplace.Call(),
+		asm.Return(),
 	})
+	return err == nil && ret == 0, err
+}
+
+// probeFIBSource asks for a route of no family, which is refused only behind the
+// check of the flags.
+func probeFIBSource() (bool, error) {
+	const size, source = 64, 1 << 4 // of struct bpf_fib_lookup
+	ins := asm.Instructions{asm.Mov.Imm(asm.R0, 0)}
+	for at := int16(-size); at < 0; at += 8 {
+		ins = append(ins, asm.StoreMem(asm.RFP, at, asm.R0, asm.DWord))
+	}
+	ret, err := tryRun(append(ins,
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, -size),
+		asm.Mov.Imm(asm.R3, size),
+		asm.Mov.Imm(asm.R4, source),
+		asm.FnFibLookup.Call(),
+		asm.Return(),
+	))
+	return err == nil && ret == -int32(unix.EAFNOSUPPORT), err
+}
+
+// tryRun returns what a tc program returns for a packet of zeros.
+func tryRun(ins asm.Instructions) (int32, error) {
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "Dual BSD/GPL", Instructions: ins})
 	if err != nil {
-		return false, fmt.Errorf("load a tc program: %w", err)
+		return 0, fmt.Errorf("load a tc program: %w", err)
 	}
 	defer prog.Close()
 	ret, err := prog.Run(&ebpf.RunOptions{Data: make([]byte, 64)})
-	if errors.Is(err, ebpf.ErrNotSupported) {
+	if err != nil {
+		return 0, fmt.Errorf("run a tc program: %w", err)
+	}
+	return int32(ret), nil
+}
+
+// probeAtomics loads a program with a compare-and-exchange.
+func probeAtomics() (bool, error) {
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "Dual BSD/GPL", Instructions: asm.Instructions{
+		asm.Mov.Imm(asm.R0, 0),
+		asm.StoreMem(asm.RFP, -8, asm.R0, asm.DWord),
+		asm.Mov.Imm(asm.R1, 1),
+		asm.CmpXchg.Mem(asm.RFP, asm.R1, asm.DWord, -8),
+		asm.Mov.Imm(asm.R0, 0),
+		asm.Return(),
+	}})
+	if refused := (*ebpf.VerifierError)(nil); errors.As(err, &refused) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("run a tc program: %w", err)
+		return false, fmt.Errorf("load a tc program: %w", err)
 	}
-	return int32(ret) == 0, nil
+	return true, prog.Close()
 }
 
 // set writes the features into the constants of the programs.
-func (f Features) set(spec *ebpf.CollectionSpec) error {
-	for name, have := range map[string]bool{
-		"have_coarse_clock": f.CoarseClock,
-		"have_csum_ipv6":    f.CsumIPv6,
-	} {
+func (s Features) set(spec *ebpf.CollectionSpec) error {
+	for f, k := range kernelFeatures {
+		if k.knob == "" {
+			continue
+		}
 		v := uint8(0)
-		if have {
+		if s.Has(Feature(f)) {
 			v = 1
 		}
-		if err := spec.Variables[name].Set(v); err != nil {
-			return fmt.Errorf("set %s: %w", name, err)
+		if err := spec.Variables[k.knob].Set(v); err != nil {
+			return fmt.Errorf("set %s: %w", k.knob, err)
 		}
 	}
 	return nil
@@ -92,17 +194,17 @@ func ObjectTag() string {
 	return hex.EncodeToString(sum[:6])
 }
 
-// Tier names the features for humans, for example "tcx, coarse clock, ipv6 checksum flag".
-func (f Features) Tier() string {
-	tier := []string{"tc"}
-	if f.TCX {
-		tier[0] = "tcx"
+// Tier names the features for humans, for example "tcx, coarse clock, atomics"; it
+// begins with the hook.
+func (s Features) Tier() string {
+	var tier []string
+	if !s.Has(TCX) {
+		tier = append(tier, "tc")
 	}
-	if f.CoarseClock {
-		tier = append(tier, "coarse clock")
-	}
-	if f.CsumIPv6 {
-		tier = append(tier, "IPv6 checksum flag")
+	for f, k := range kernelFeatures {
+		if s.Has(Feature(f)) {
+			tier = append(tier, k.name)
+		}
 	}
 	return strings.Join(tier, ", ")
 }

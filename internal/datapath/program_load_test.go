@@ -1,11 +1,12 @@
 package datapath
 
 import (
-	"fmt"
 	"os"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -16,8 +17,9 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// The verifier takes every combination of what a kernel may offer. It removes the
-// branches not taken, so each combination is a program of its own.
+// The verifier takes the programs with all that the kernel has, without one feature
+// each, and with nothing that 5.10 does not have. It removes the branches not taken,
+// so each set is a program of its own.
 func TestProgramsLoad(t *testing.T) {
 	t.Parallel()
 	labtest.Root(t)
@@ -28,33 +30,84 @@ func TestProgramsLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, clock := range []bool{false, true} {
-		for _, csum := range []bool{false, true} {
-			t.Run(fmt.Sprintf("clock=%v,csum=%v", clock, csum), func(t *testing.T) {
-				if clock && !have.CoarseClock {
-					t.Skipf("%s: no bpf_ktime_get_coarse_ns", labtest.OldKernel)
-				}
-				spec, err := loadMasq()
-				if err != nil {
-					t.Fatal(err)
-				}
-				for _, m := range spec.Maps {
-					m.Pinning = ebpf.PinNone
-				}
-				if err := (Features{CoarseClock: clock, CsumIPv6: csum}).set(spec); err != nil {
-					t.Fatal(err)
-				}
-				c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
-					Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats}})
-				if err != nil {
-					t.Fatalf("%+v", err)
-				}
-				defer c.Close()
-				for name, p := range c.Programs {
-					// Not from the program's info, which has it only from kernel 5.16 on.
-					t.Logf("%s: %s", name, regexp.MustCompile("processed .*").FindString(p.VerifierLog))
-				}
-			})
+	t.Logf("tier: %s", have.Tier())
+	loads := func(name string, set Features) {
+		t.Run(name, func(t *testing.T) { loadAll(t, set) })
+	}
+	loads("all", have)
+	for f, k := range kernelFeatures {
+		if k.knob != "" && have.Has(Feature(f)) {
+			loads("without "+k.name, have.Without(Feature(f)))
+		}
+	}
+	loads("lowest", 0)
+}
+
+// loadAll loads every program, with maps that nobody else sees.
+func loadAll(t *testing.T, set Features) {
+	spec, err := loadMasq()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range spec.Maps {
+		m.Pinning = ebpf.PinNone
+	}
+	if err := set.set(spec); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
+		Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats}})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	defer c.Close()
+	for name, p := range c.Programs {
+		// Not from the program's info, which has it only from kernel 5.16 on.
+		t.Logf("%s: %s", name, regexp.MustCompile("processed .*").FindString(p.VerifierLog))
+	}
+}
+
+// Every constant of the programs that a probe sets is in the table of features, and
+// the other way round. Needs no privileges.
+func TestKnobsMirror(t *testing.T) {
+	spec, err := loadMasq()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var inC, inGo []string
+	for name := range spec.Variables {
+		if strings.HasPrefix(name, "have_") {
+			inC = append(inC, name)
+		}
+	}
+	for _, k := range kernelFeatures {
+		if k.knob != "" {
+			inGo = append(inGo, k.knob)
+		}
+	}
+	slices.Sort(inC)
+	slices.Sort(inGo)
+	if !slices.Equal(inC, inGo) {
+		t.Errorf("knobs:\n in C  %v\n in Go %v", inC, inGo)
+	}
+}
+
+// The name of a tier begins with the hook.
+func TestTierNames(t *testing.T) {
+	var all Features
+	for _, f := range AllFeatures() {
+		all |= 1 << f
+	}
+	for _, c := range []struct {
+		set  Features
+		want string
+	}{
+		{0, "tc"},
+		{all.Without(TCX, Loop, Timers, ForEach, FIBSource), "tc, coarse clock, IPv6 checksum flag, atomics"},
+		{all, "tcx, coarse clock, IPv6 checksum flag, atomics, for-each, timers, loop, route source"},
+	} {
+		if got := c.set.Tier(); got != c.want {
+			t.Errorf("%b: %q, want %q", c.set, got, c.want)
 		}
 	}
 }

@@ -86,10 +86,10 @@ func TestTakeOverMovedDevice(t *testing.T) {
 
 // A device moves while the agent runs.
 func TestAttachMovedDevice(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{SecondUplink: true})
 		pod := labtest.NewNS(t)
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		b.apply(nodePolicy2(t, topo))
 		move(t, topo.Node, "eth1", pod)
 		b.apply(nodePolicy(t, topo))

@@ -22,9 +22,9 @@ import (
 // A transfer goes on while agents come and go; each new one replaces the programs
 // in place. No packet of the pod is seen untranslated.
 func TestTakeOverUnderTraffic(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		b.apply(in)
 		leaks := labtest.Capture(t, topo.World, "eth0", lab.CaptureOptions{Incoming: true, MaxPackets: 1, SnapLen: 64}).
@@ -96,7 +96,7 @@ func TestTakeOverOtherHook(t *testing.T) {
 	t.Parallel()
 	labtest.Kernel(t, labtest.TCX)
 	topo := labtest.NewNode(t, lab.Options{})
-	b := newBench(t, topo.Node, Options{NoTCX: true})
+	b := newBench(t, topo.Node, Options{Without: []Feature{TCX}})
 	in := nodePolicy(t, topo)
 	b.apply(in)
 	leaks := labtest.Capture(t, topo.World, "eth0", lab.CaptureOptions{Incoming: true, MaxPackets: 1, SnapLen: 64}).
@@ -109,11 +109,11 @@ func TestTakeOverOtherHook(t *testing.T) {
 	}
 	const byLink = "ingress tcx ingress_ether\negress tcx egress_ether\n"
 	const byFilter = "ingress tc bauta_ingress priority 1\negress tc bauta_egress priority 1\n"
-	for _, noTCX := range []bool{false, true, false} {
+	for _, without := range [][]Feature{nil, AllFeatures(), nil} {
 		b.close()
-		b.opt.NoTCX = noTCX
+		b.opt.Without = without
 		b.open()
-		check(map[bool]string{false: byLink, true: byFilter}[noTCX] + "clsact\n")
+		check(map[bool]string{false: byLink, true: byFilter}[without != nil] + "clsact\n")
 		if err := askAll(t, topo, topo.NodeAddr); err != nil {
 			t.Error(err)
 		}
@@ -132,11 +132,11 @@ func TestTakeOverOtherHook(t *testing.T) {
 	b.apply(in)
 	check(byLink)
 	b.close()
-	b.opt.NoTCX = true
+	b.opt.Without = []Feature{TCX}
 	b.open()
 	check(byFilter + "clsact\n")
 	b.close()
-	b.opt.NoTCX = false
+	b.opt.Without = nil
 	b.open()
 	b.close()
 	if removed := remove(t, topo.Node, b.opt.Root); !slices.Contains(removed, "clsact qdisc of eth0") {
@@ -148,9 +148,9 @@ func TestTakeOverOtherHook(t *testing.T) {
 // What a crash leaves: one direction attached, pins half made, pins of devices
 // that are gone. The next agent mends all of it.
 func TestTakeOverAfterCrash(t *testing.T) {
-	eachHook(t, func(t *testing.T, noTCX bool, hook Hook) {
+	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := labtest.NewNode(t, lab.Options{SecondUplink: true})
-		b := newBench(t, topo.Node, Options{NoTCX: noTCX})
+		b := newBench(t, topo.Node, Options{Without: without})
 		in := nodePolicy(t, topo)
 		eth1, err := topo.Node.Index("eth1")
 		if err != nil {
@@ -205,7 +205,7 @@ func TestTakeOverAfterCrash(t *testing.T) {
 func TestTakeOverRootRemoved(t *testing.T) {
 	t.Parallel()
 	topo := labtest.NewNode(t, lab.Options{})
-	b := newBench(t, topo.Node, Options{NoTCX: true})
+	b := newBench(t, topo.Node, Options{Without: []Feature{TCX}})
 	b.apply(nodePolicy(t, topo))
 	b.close()
 	if err := os.RemoveAll(b.opt.Root); err != nil {
