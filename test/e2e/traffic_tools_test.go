@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -100,25 +101,53 @@ func testIperf(t *testing.T, n *node, iperf string, dst netip.Addr) {
 // way back to the pod.
 func TestTraceroute(t *testing.T) {
 	t.Parallel()
-	traceroute := labtest.Tool(t, "traceroute")
+	traceroute, mtr, ping := labtest.Tool(t, "traceroute"), labtest.Tool(t, "mtr"), labtest.Tool(t, "ping")
 	eachHook(t, lab.Options{Router: true}, func(t *testing.T, n *node) {
 		wire := n.watchWire()
 		for _, dst := range n.WorldAddr.All() {
 			at := server(t, lab.EchoTCP, n.World, anyPort(dst))
-			for _, mode := range [][]string{nil, {"-I"}, {"-T", "-p", fmt.Sprint(at.Port())}, {"-U", "-p", "53"}} {
-				args := append([]string{"-n", "-q", "1", "-m", "6", "-w", "5"}, append(mode, dst.String())...)
-				out, err := n.Pods[0].Run(within(t, 30*time.Second), traceroute, args...)
+			want := []string{n.PodGateway.Of(dst).String(), n.RouterAddr.Of(dst).String(), dst.String()}
+			hops := func(hops func(out string) []string, tool string, args ...string) {
+				args = append(args, dst.String())
+				out, err := n.Pods[0].Run(within(t, 30*time.Second), tool, args...)
 				if err != nil {
-					t.Errorf("traceroute %v: %v\n%s", args, err, out)
+					t.Errorf("%s %v: %v\n%s", tool, args, err, out)
 				}
-				want := []string{n.PodGateway.Of(dst).String(), n.RouterAddr.Of(dst).String(), dst.String()}
-				if hops := hopsOf(out); strings.Join(hops, " ") != strings.Join(want, " ") {
-					t.Errorf("traceroute %v: hops %v, want %v\n%s", args, hops, want, out)
+				if got := hops(out); strings.Join(got, " ") != strings.Join(want, " ") {
+					t.Errorf("%s %v: hops %v, want %v\n%s", tool, args, got, want, out)
 				}
+			}
+			for _, mode := range [][]string{nil, {"-I"}, {"-T", "-p", fmt.Sprint(at.Port())}, {"-U", "-p", "53"}} {
+				hops(hopsOf, traceroute, append([]string{"-n", "-q", "1", "-m", "6", "-w", "5"}, mode...)...)
+			}
+			for _, mode := range [][]string{nil, {"-u"}, {"-T", "-P", fmt.Sprint(at.Port())}} {
+				hops(mtrHops, mtr, append([]string{"-n", "-C", "-c", "1", "-i", "0.2", "-G", "1", "-m", "6"}, mode...)...)
+			}
+			// The error about a ping that is too big says how big it may be.
+			out, err := n.Pods[0].Run(within(t, 30*time.Second), ping, "-n", "-M", "do", "-s", "1400", "-c", "2", "-i", "0.1", "-W", "5", dst.String())
+			if err == nil || !mtuOf1280.MatchString(out) {
+				t.Errorf("ping -M do: %v, want to hear of the path MTU\n%s", err, out)
 			}
 		}
 		wire.check(t)
 	})
+}
+
+// ping says "mtu = 1280", "mtu=1280" or "mtu: 1280".
+var mtuOf1280 = regexp.MustCompile(`(?i)mtu\W+1280\b`)
+
+// mtrHops reads the addresses of mtr's hops that lost nothing:
+// "MTR.0.95,TIME,OK,DESTINATION,1,10.0.1.1,0.00,2,...".
+func mtrHops(out string) (hops []string) {
+	for _, line := range strings.Split(out, "\n") {
+		if f := strings.Split(line, ","); len(f) > 6 && f[2] == "OK" {
+			if f[6] != "0.00" {
+				f[5] += " with losses"
+			}
+			hops = append(hops, f[5])
+		}
+	}
+	return hops
 }
 
 // hopsOf reads the addresses from traceroute's lines: " 1  10.0.1.1  0.031 ms".
