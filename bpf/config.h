@@ -6,8 +6,6 @@
  */
 #pragma once
 
-/* bpf_ktime_get_coarse_ns, kernel 5.11: the tick's clock, 80 ns cheaper than reading the TSC. */
-volatile const __u8 have_coarse_clock = 0;
 /* BPF_F_IPV6 of bpf_l4_csum_replace, kernel 6.16 and stable trees: an IPv6 address and the
  * checksum that covers it cancel out, so skb->csum (CHECKSUM_COMPLETE) must not move. */
 volatile const __u8 have_csum_ipv6 = 0;

@@ -8,10 +8,21 @@
 
 enum table { FORWARD, REVERSE };
 
+/* The second of the monotonic clock: a step of the wall clock ends no flow. The clock is read once
+ * a tick and CPU. Two CPUs may differ by a tick, so compare seconds as signed numbers. */
 static __always_inline __u32 now_seconds(void)
 {
-	/* Monotonic: a step of the wall clock ends no flow. */
-	return (have_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns()) / 1000000000ULL;
+	__u32 zero = 0;
+	__u64 tick = bpf_jiffies64();
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	if (!s)
+		return 0; /* impossible */
+	if (s->tick != tick) {
+		s->second = bpf_ktime_get_ns() / 1000000000ULL;
+		s->tick = tick;
+	}
+	return s->second;
 }
 
 static __always_inline bool tuple_is_ipv4(const struct tuple *t)

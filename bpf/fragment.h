@@ -44,7 +44,7 @@ static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct pac
 
 	fragment_key(&k, pkt, direction);
 	v = bpf_map_lookup_elem(&fragments, &k);
-	if (!v || now_seconds() - v->seen > FRAGMENT_SECONDS)
+	if (!v || (__s32)(now_seconds() - v->seen) > FRAGMENT_SECONDS)
 		return OUT_CONTINUE;
 	if (v->outcome != OUT_MASQ_FRAGMENT)
 		return v->outcome;

@@ -253,6 +253,8 @@ struct scratch {
 	struct endpoint owner; /* what a reverse entry says */
 	struct claim claim;
 	union flow_entry entry; /* what flow_add() inserts */
+	__u64 tick; /* outlive the packet: see now_seconds() */
+	__u32 second;
 };
 
 struct {

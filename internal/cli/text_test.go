@@ -120,7 +120,7 @@ func healthy() agent.Status {
 		Masquerading: agent.Masquerading{Enabled: true, EnabledProtocols: agent.EnabledProtocols{IPv4: true}, Mode: agent.ModeBPF,
 			IPMasqAgent: true, SNATExclusionCIDRv4: "10.0.0.0/16"},
 		Agent:    agent.AgentStatus{State: agent.Running, PID: 4711, Version: "v1.2.3", Started: at, UptimeSeconds: 3*3600 + 125, Ready: true, LastApply: at},
-		Datapath: agent.DatapathStatus{Present: true, Applied: true, Tier: "tcx, coarse clock"},
+		Datapath: agent.DatapathStatus{Present: true, Applied: true, Tier: "tcx, IPv6 checksum flag"},
 		Devices: []agent.DeviceStatus{
 			{Name: "eth0", Index: 2, State: agent.DeviceAttached, Hook: datapath.HookTCX, IPv4: netip.MustParseAddr("10.0.2.15")},
 			{Name: "eth1", Index: 3, State: agent.DeviceAttached, Hook: datapath.HookTC, IPv4: netip.MustParseAddr("192.168.1.7"), Ahead: []string{"cil_to_netdev"}},

@@ -219,6 +219,9 @@ type masqScratch struct {
 		Flow masqFlow
 		_    [16]byte
 	}
+	Tick   uint64
+	Second uint32
+	_      [4]byte
 }
 
 type masqSetting struct {
@@ -268,26 +271,25 @@ type masqTuple4 struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	masqMapControl         = "control"
-	masqMapCounters        = "counters"
-	masqMapDevices         = "devices"
-	masqMapForward4        = "forward4"
-	masqMapForward6        = "forward6"
-	masqMapFragments       = "fragments"
-	masqMapInbound4        = "inbound4"
-	masqMapInbound6        = "inbound6"
-	masqMapPolicies        = "policies"
-	masqMapReverse4        = "reverse4"
-	masqMapReverse6        = "reverse6"
-	masqMapScratch         = "scratch"
-	masqMapSettings        = "settings"
-	masqProgEgressEther    = "egress_ether"
-	masqProgEgressRaw      = "egress_raw"
-	masqProgIngressEther   = "ingress_ether"
-	masqProgIngressRaw     = "ingress_raw"
-	masqProgReap           = "reap"
-	masqVarHaveCoarseClock = "have_coarse_clock"
-	masqVarHaveCsumIpv6    = "have_csum_ipv6"
+	masqMapControl       = "control"
+	masqMapCounters      = "counters"
+	masqMapDevices       = "devices"
+	masqMapForward4      = "forward4"
+	masqMapForward6      = "forward6"
+	masqMapFragments     = "fragments"
+	masqMapInbound4      = "inbound4"
+	masqMapInbound6      = "inbound6"
+	masqMapPolicies      = "policies"
+	masqMapReverse4      = "reverse4"
+	masqMapReverse6      = "reverse6"
+	masqMapScratch       = "scratch"
+	masqMapSettings      = "settings"
+	masqProgEgressEther  = "egress_ether"
+	masqProgEgressRaw    = "egress_raw"
+	masqProgIngressEther = "ingress_ether"
+	masqProgIngressRaw   = "ingress_raw"
+	masqProgReap         = "reap"
+	masqVarHaveCsumIpv6  = "have_csum_ipv6"
 )
 
 // loadMasq returns the embedded CollectionSpec for masq.
@@ -362,8 +364,7 @@ type masqMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type masqVariableSpecs struct {
-	HaveCoarseClock *ebpf.VariableSpec `ebpf:"have_coarse_clock"`
-	HaveCsumIpv6    *ebpf.VariableSpec `ebpf:"have_csum_ipv6"`
+	HaveCsumIpv6 *ebpf.VariableSpec `ebpf:"have_csum_ipv6"`
 }
 
 // masqObjects contains all objects after they have been loaded into the kernel.
@@ -423,8 +424,7 @@ func (m *masqMaps) Close() error {
 //
 // It can be passed to loadMasqObjects or ebpf.CollectionSpec.LoadAndAssign.
 type masqVariables struct {
-	HaveCoarseClock *ebpf.Variable `ebpf:"have_coarse_clock"`
-	HaveCsumIpv6    *ebpf.Variable `ebpf:"have_csum_ipv6"`
+	HaveCsumIpv6 *ebpf.Variable `ebpf:"have_csum_ipv6"`
 }
 
 // masqPrograms contains all programs after they have been loaded into the kernel.

@@ -19,14 +19,13 @@ import (
 type Feature uint8
 
 const (
-	TCX         Feature = iota // ordered, pinned attachment; kernel 6.6
-	CoarseClock                // bpf_ktime_get_coarse_ns; 5.11
-	CsumIPv6                   // BPF_F_IPV6 of bpf_l4_csum_replace; 6.16 and stable trees
-	Atomics                    // atomic operations that return the old value; 5.12
-	ForEach                    // bpf_for_each_map_elem; 5.13
-	Timers                     // bpf_timer; 5.15
-	Loop                       // bpf_loop; 5.17
-	FIBSource                  // BPF_FIB_LOOKUP_SRC of bpf_fib_lookup; 6.7
+	TCX       Feature = iota // ordered, pinned attachment; kernel 6.6
+	CsumIPv6                 // BPF_F_IPV6 of bpf_l4_csum_replace; 6.16 and stable trees
+	Atomics                  // atomic operations that return the old value; 5.12
+	ForEach                  // bpf_for_each_map_elem; 5.13
+	Timers                   // bpf_timer; 5.15
+	Loop                     // bpf_loop; 5.17
+	FIBSource                // BPF_FIB_LOOKUP_SRC of bpf_fib_lookup; 6.7
 )
 
 // kernelFeatures says of each Feature how a kernel is tried, never by version. A knob
@@ -37,14 +36,13 @@ var kernelFeatures = [...]struct {
 	name, knob string
 	have       func() (bool, error)
 }{
-	TCX:         {"tcx", "", probeTCX},
-	CoarseClock: {"coarse clock", "have_coarse_clock", probeHelper(asm.FnKtimeGetCoarseNs)},
-	CsumIPv6:    {"IPv6 checksum flag", "have_csum_ipv6", probeCsumIPv6},
-	Atomics:     {"atomics", "", probeAtomics},
-	ForEach:     {"for-each", "", probeHelper(asm.FnForEachMapElem)},
-	Timers:      {"timers", "", probeHelper(asm.FnTimerInit)},
-	Loop:        {"loop", "", probeHelper(asm.FnLoop)},
-	FIBSource:   {"route source", "", probeFIBSource},
+	TCX:       {"tcx", "", probeTCX},
+	CsumIPv6:  {"IPv6 checksum flag", "have_csum_ipv6", probeCsumIPv6},
+	Atomics:   {"atomics", "", probeAtomics},
+	ForEach:   {"for-each", "", probeHelper(asm.FnForEachMapElem)},
+	Timers:    {"timers", "", probeHelper(asm.FnTimerInit)},
+	Loop:      {"loop", "", probeHelper(asm.FnLoop)},
+	FIBSource: {"route source", "", probeFIBSource},
 }
 
 func (f Feature) String() string { return kernelFeatures[f].name }
@@ -194,7 +192,7 @@ func ObjectTag() string {
 	return hex.EncodeToString(sum[:6])
 }
 
-// Tier names the features for humans, for example "tcx, coarse clock, atomics"; it
+// Tier names the features for humans, for example "tcx, IPv6 checksum flag, atomics"; it
 // begins with the hook.
 func (s Features) Tier() string {
 	var tier []string
