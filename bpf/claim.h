@@ -23,6 +23,12 @@ static __always_inline bool port_in(const __u64 *set, __be16 port)
 	return set[(p >> 6) & 1023] >> (p & 63) & 1;
 }
 
+/* There are look-ups for the sockets of these protocols only. */
+static __always_inline bool claim_can_ask(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP;
+}
+
 /* Does a socket of the node hold the candidate: connected to this remote, bound or listening? */
 static __noinline bool claim_node_owns(struct __sk_buff *skb, const struct tuple *t)
 {
@@ -30,7 +36,7 @@ static __noinline bool claim_node_owns(struct __sk_buff *skb, const struct tuple
 	struct bpf_sock *sk;
 	__u32 size;
 
-	if (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP)
+	if (!claim_can_ask(t->proto))
 		return false;
 	if (tuple_is_ipv4(t)) {
 		k.ipv4.saddr = t->remote.w[3];
@@ -64,9 +70,11 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 
 	if (i == 0) {
 		*port = s->flow.lport;
-		return c->pool != POOL_PORTS || port_in(set->in_pool, *port);
+		/* The node's own may be of an older pool. */
+		return c->pool == POOL_IDENTIFIERS || c->pool == POOL_NONE || c->bits & FLOW_HOST ||
+		       port_in(set->in_pool, *port);
 	}
-	if (c->pool == POOL_OWN || i > c->size)
+	if (c->pool >= POOL_OWN || i > c->size)
 		return false;
 	slot = (c->start + (__u64)i * c->stride) % c->size;
 	*port = bpf_htons(c->pool == POOL_PORTS ? set->port[slot & 0xffff] : slot);
@@ -163,13 +171,17 @@ static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch 
 
 	s->claim.pool = pool;
 	s->claim.bits = bits;
-	s->claim.outcome = pool == POOL_OWN ? OUT_DROP_PROTOCOL : OUT_DROP_NO_PORT;
+	s->claim.outcome = OUT_DROP_NO_PORT;
+	if (pool == POOL_NONE)
+		s->claim.outcome = OUT_DROP_PROTOCOL;
+	else if (pool == POOL_OWN)
+		s->claim.outcome = OUT_DROP_FRAGMENT;
 	claim_aim(&s->claim, &s->flow, set);
 	if (s->claim.size <= MAX_COMPLETE)
 		limit = s->claim.size;
 	/* The own port, and then the walk. */
 	for (__u32 i = 0; i <= MAX_COMPLETE; i += CLAIM_CHUNK) {
-		if (i > limit || claim_try(skb, i) || pool == POOL_OWN)
+		if (i > limit || claim_try(skb, i) || pool >= POOL_OWN)
 			break;
 	}
 	return s->claim.outcome;

@@ -13,6 +13,8 @@
 static __always_inline enum outcome egress_translate(struct __sk_buff *skb, struct scratch *s,
 						     enum outcome out)
 {
+	if (port_is_fixed(&s->packet) && s->to.port != s->packet.sport)
+		return OUT_DROP_FRAGMENT;
 	if (s->packet.first_fragment)
 		fragment_note(&s->packet, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
 	return rewrite(skb, &s->packet, SOURCE, &s->to) ? OUT_DROP_REWRITE : out;
@@ -106,10 +108,12 @@ static __always_inline enum outcome egress_known(struct __sk_buff *skb, struct s
 	return egress_translate(skb, s, OUT_MASQ_HOST);
 }
 
-/* Which ports a new mapping may get. SCTP's checksum can't follow a port, so it keeps its own. */
+/* Which ports a new mapping may get. */
 static __always_inline enum pool egress_pool(const struct packet *pkt)
 {
-	if (pkt->kind == KIND_BARE || pkt->proto == IPPROTO_SCTP)
+	if (pkt->kind == KIND_BARE)
+		return POOL_NONE;
+	if (port_is_fixed(pkt))
 		return POOL_OWN;
 	return pkt->kind == KIND_QUERY ? POOL_IDENTIFIERS : POOL_PORTS;
 }
@@ -131,9 +135,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 	s->reverse.local = s->to.addr;
 	out = claim_port(skb, s, set, egress_pool(pkt), bits);
 	if (out)
-		return pkt->proto == IPPROTO_SCTP && out == OUT_DROP_PROTOCOL ? OUT_DROP_NO_PORT
-									      : out;
-
+		return out;
 	s->to.port = s->reverse.lport;
 	now = now_seconds();
 	s->entry.flow = (struct flow){
@@ -187,9 +189,9 @@ static __noinline bool egress_translated(struct __sk_buff *skb, struct scratch *
 }
 
 /* A packet of the node. Whoever came first keeps a tuple: if a pod's mapping has it, the node's
- * flow gets a mapping and with it another port. ICMP queries and protocols without ports have no
- * socket that could be looked up, so the node claims them as it uses them. OUT_CONTINUE: it
- * needs a mapping. */
+ * flow gets a mapping and with it another port. ICMP queries, SCTP, UDP-Lite and protocols without
+ * ports have no socket that could be looked up, so the node claims them as it uses them.
+ * OUT_CONTINUE: it needs a mapping. */
 static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch *s,
 					   const struct setting *set, enum outcome pass)
 {
@@ -199,13 +201,12 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 	if (pkt->defect ||
 	    (pkt->kind != KIND_PORTS && pkt->kind != KIND_QUERY && pkt->kind != KIND_BARE))
 		return pass;
-	if (pkt->kind == KIND_PORTS && pkt->proto != IPPROTO_SCTP &&
-	    !port_in(set->guarded, pkt->sport))
+	if (pkt->kind == KIND_PORTS && !port_in(set->guarded, pkt->sport))
 		return pass;
 	r = flow_find(REVERSE, &s->flow, &s->owner);
 	if (r)
 		return egress_translated(skb, s, r->bits) ? OUT_PASS_TRANSLATED : OUT_CONTINUE;
-	if (pkt->kind == KIND_PORTS || pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
+	if (claim_can_ask(pkt->proto) || pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
 		return pass;
 	return OUT_CONTINUE;
 }

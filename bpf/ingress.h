@@ -38,6 +38,9 @@ static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct 
 	flow_touch(f, pkt, now_seconds());
 	if (host && endpoint_is(&s->to, &pkt->dst, pkt->dport))
 		return OUT_PASS_HOST;
+	/* The node would answer it with an ABORT. */
+	if (port_is_fixed(pkt) && s->to.port != pkt->dport)
+		return OUT_DROP_FRAGMENT;
 	if (pkt->first_fragment)
 		fragment_note(pkt, INGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
 	if (rewrite(skb, pkt, DESTINATION, &s->to))

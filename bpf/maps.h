@@ -224,7 +224,8 @@ struct {
 enum pool {
 	POOL_PORTS, /* settings.port */
 	POOL_IDENTIFIERS, /* 0-65535 (ICMP) */
-	POOL_OWN, /* only the packet's own port: none at all, or one that we can't rewrite (SCTP) */
+	POOL_OWN, /* the packet's own port, if settings.port has it */
+	POOL_NONE, /* protocols without ports */
 };
 
 /* A search for an external port; see claim.h. */

@@ -43,7 +43,8 @@ struct packet {
 	__u8 unkeyed; /* an ICMP error whose quote names no flow */
 	__be32 fragment_id;
 	__be16 ip_checksum; /* IPv4 */
-	__u16 pad;
+	__u8 chunk; /* SCTP: type of the first one */
+	__u8 pad;
 	__u32 l3, l4; /* offsets of the headers from the start of the data */
 	__u32 end; /* offset behind the packet, by the IP header */
 	__u32 segments, bytes; /* what counters add: GSO segments, bytes from the IP header on */
@@ -53,6 +54,14 @@ struct packet {
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
+
+/* Types of SCTP chunks (RFC 9260 section 3.2). */
+#define SCTP_INIT 1
+#define SCTP_INIT_ACK 2
+#define SCTP_ABORT 6
+#define SCTP_SHUTDOWN 7
+#define SCTP_SHUTDOWN_ACK 8
+#define SCTP_SHUTDOWN_COMPLETE 14
 
 #ifndef IPPROTO_UDPLITE
 #define IPPROTO_UDPLITE 136
@@ -105,6 +114,8 @@ static __always_inline bool is_opening(const struct packet *pkt)
 {
 	if (pkt->proto == IPPROTO_TCP)
 		return (pkt->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+	if (pkt->proto == IPPROTO_SCTP)
+		return pkt->chunk == SCTP_INIT;
 	return pkt->kind == KIND_QUERY;
 }
 
@@ -114,5 +125,9 @@ static __always_inline bool is_stray(const struct packet *pkt)
 	if (pkt->proto == IPPROTO_TCP)
 		return (pkt->tcp_flags & (TCP_RST | TCP_FIN)) ||
 		       (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK);
+	if (pkt->proto == IPPROTO_SCTP) /* the same: the end of an association, or an answer */
+		return pkt->chunk == SCTP_INIT_ACK || pkt->chunk == SCTP_ABORT ||
+		       pkt->chunk == SCTP_SHUTDOWN || pkt->chunk == SCTP_SHUTDOWN_ACK ||
+		       pkt->chunk == SCTP_SHUTDOWN_COMPLETE;
 	return pkt->kind == KIND_REPLY || pkt->kind == KIND_ERROR;
 }

@@ -32,7 +32,8 @@ struct ipv6_header {
 	struct addr src, dst;
 };
 
-/* The first 14 bytes of TCP; the first 8 serve UDP, UDP-Lite, SCTP and ICMP. */
+/* The first 14 bytes of TCP; the first 8 serve UDP, UDP-Lite and ICMP. In SCTP the type of the
+ * first chunk stands where TCP has the data offset. */
 struct transport_header {
 	union {
 		struct {
@@ -46,7 +47,7 @@ struct transport_header {
 	__be16 id; /* ICMP query */
 	__be16 sequence;
 	__u8 ack[4];
-	__u8 offset;
+	__u8 chunk;
 	__u8 flags;
 } __attribute__((packed));
 
@@ -125,7 +126,7 @@ static __always_inline void parse_transport(struct __sk_buff *skb, struct packet
 	case IPPROTO_UDPLITE:
 		break;
 	case IPPROTO_SCTP:
-		need = 12;
+		need = 16; /* the common header and the one of a chunk */
 		break;
 	default:
 		if (!is_icmp(pkt)) {
@@ -133,7 +134,7 @@ static __always_inline void parse_transport(struct __sk_buff *skb, struct packet
 			return;
 		}
 	}
-	if (pkt->proto == IPPROTO_TCP && !quoted)
+	if ((pkt->proto == IPPROTO_TCP || pkt->proto == IPPROTO_SCTP) && !quoted)
 		err = load_header(skb, pkt->l4, &h, 14);
 	else
 		err = load_header(skb, pkt->l4, &h, 8);
@@ -156,6 +157,7 @@ static __always_inline void parse_transport(struct __sk_buff *skb, struct packet
 	pkt->dport = h.dport;
 	if (pkt->proto == IPPROTO_TCP)
 		pkt->tcp_flags = h.flags;
+	pkt->chunk = h.chunk;
 }
 
 static __always_inline enum outcome parse_ipv4(struct __sk_buff *skb, struct packet *pkt)

@@ -40,6 +40,30 @@ static __always_inline long quote_fix_checksum(struct __sk_buff *skb, __u32 offs
 	return bpf_skb_store_bytes(skb, offset, &new, 2, 0);
 }
 
+/* The same for SCTP's CRC, so that the host inside sees in the quote what it sent. A fragment does
+ * not tell how much the CRC covers; it has its own port, though. */
+static __always_inline long quote_fix_crc(struct __sk_buff *skb, const struct packet *quote,
+					  __u32 diff, __u64 *total)
+{
+	__u32 at = quote->l4 + SCTP_CRC, old, new;
+
+	if (quote->first_fragment)
+		return 0;
+	if (bpf_skb_load_bytes(skb, at, &old, sizeof(old)) ||
+	    crc32c_correct(skb, quote->l4, quote->end - quote->l4, diff, 0) ||
+	    bpf_skb_load_bytes(skb, at, &new, sizeof(new)))
+		return -1;
+	*total += (__u64)(__u32)~old + new;
+	return 0;
+}
+
+/* Does the message, by its IP header and in the data, go up to an offset? */
+static __always_inline bool quote_reaches(struct __sk_buff *skb, const struct packet *pkt,
+					  __u32 end)
+{
+	return end <= pkt->end && end <= skb->len;
+}
+
 /* Translates one side of the quoted packet, and the outer ICMP checksum with it. */
 static __noinline long quote_rewrite(struct __sk_buff *skb, const struct packet *pkt,
 				     struct packet *quote, enum side side, struct endpoint *to)
@@ -55,9 +79,13 @@ static __noinline long quote_rewrite(struct __sk_buff *skb, const struct packet 
 		total += word_diff(old_port, to->port);
 		if (bpf_skb_store_bytes(skb, quote->l4 + port_offset(quote, side), &to->port, 2, 0))
 			return -1;
-		sum = sum ? quote->l4 + sum : 0;
-		if (sum && sum + 2 <= pkt->end && sum + 2 <= skb->len &&
-		    quote_fix_checksum(skb, sum, inner, zero_checksum_is_special(quote), &total))
+		if (sum && quote_reaches(skb, pkt, quote->l4 + sum + 2) &&
+		    quote_fix_checksum(skb, quote->l4 + sum, inner, zero_checksum_is_special(quote),
+				       &total))
+			return -1;
+		if (quote->proto == IPPROTO_SCTP && old_port != to->port &&
+		    quote_reaches(skb, pkt, quote->l4 + SCTP_CRC + 4) &&
+		    quote_fix_crc(skb, quote, ports_diff(quote, side, to->port), &total))
 			return -1;
 	}
 	if (is_ipv4(quote)) {

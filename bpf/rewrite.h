@@ -7,15 +7,15 @@
  */
 #pragma once
 
-#include "packet.h"
+#include "crc32c.h"
 
 /* Missing in older UAPI headers; kernel 6.16. */
 #define CSUM_IPV6 (1ULL << 7)
 
 enum side { SOURCE, DESTINATION };
 
-/* Offset of the checksum in the transport header, 0 if there is none that we maintain. SCTP's
- * CRC covers no address. */
+/* Offset of the checksum in the transport header; 0 if there is none, or in SCTP, whose CRC covers
+ * no address. */
 static __always_inline __u32 checksum_offset(const struct packet *pkt)
 {
 	switch (pkt->proto) {
@@ -69,6 +69,14 @@ static __always_inline __u16 csum_fold(__u64 sum)
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* The bits of both ports, as they stand in memory, that change with one of them. */
+static __always_inline __u32 ports_diff(const struct packet *pkt, enum side side, __be16 port)
+{
+	__u32 diff = packet_port(pkt, side) ^ port;
+
+	return side == SOURCE ? diff : diff << 16;
 }
 
 /* One's complement difference of a 16-bit word. */
@@ -137,6 +145,13 @@ static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *p
 	return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.checksum, 10, 0);
 }
 
+/* A fragment of an SCTP packet: how long the packet is we can't know, and so we can't correct its
+ * CRC for another port. */
+static __always_inline bool port_is_fixed(const struct packet *pkt)
+{
+	return pkt->proto == IPPROTO_SCTP && pkt->first_fragment;
+}
+
 /* Translates one side of the packet. */
 static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, enum side side,
 				    struct endpoint *to)
@@ -155,7 +170,11 @@ static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, e
 
 		if (sum && bpf_l4_csum_replace(skb, pkt->l4 + sum, old_port, to->port, flags))
 			return -1;
-		if (bpf_skb_store_bytes(skb, pkt->l4 + port_offset(pkt, side), &to->port, 2, 0))
+		if (!sum && crc32c_correct(skb, pkt->l4, pkt->end - pkt->l4,
+					   ports_diff(pkt, side, to->port), BPF_F_RECOMPUTE_CSUM))
+			return -1;
+		if (bpf_skb_store_bytes(skb, pkt->l4 + port_offset(pkt, side), &to->port, 2,
+					sum ? 0 : BPF_F_RECOMPUTE_CSUM))
 			return -1;
 	}
 	return rewrite_addr(skb, pkt, side, &to->addr);

@@ -158,7 +158,8 @@ type masqScratch struct {
 		Unkeyed       uint8
 		FragmentId    uint32
 		IpChecksum    uint16
-		Pad           uint16
+		Chunk         uint8
+		Pad           uint8
 		L3            uint32
 		L4            uint32
 		End           uint32
@@ -181,7 +182,8 @@ type masqScratch struct {
 		Unkeyed       uint8
 		FragmentId    uint32
 		IpChecksum    uint16
-		Pad           uint16
+		Chunk         uint8
+		Pad           uint8
 		L3            uint32
 		L4            uint32
 		End           uint32

@@ -115,6 +115,8 @@ func BenchmarkProgram(b *testing.B) {
 			{"egress/known/UDP", f.udp(), egress, policy.MasqKnown},
 			{"ingress/known/TCP", f.tcp(packet.ACK), ingress, policy.MasqKnown},
 			{"ingress/known/UDP", f.udp(), ingress, policy.MasqKnown},
+			{"egress/known/SCTP", f.sctp(packet.SCTPData), egress, policy.MasqKnown},
+			{"egress/known/SCTP/moved", f.sctp(packet.SCTPData).From(f.pod, 999), egress, policy.MasqKnown},
 			{"egress/excluded/16384", f.tcp(packet.ACK).To(netip.MustParseAddr(listed), 443), egress, policy.PassNonMasq},
 			{"egress/new/UDP", f.udp(), egress, policy.MasqNew},
 		} {

@@ -82,7 +82,7 @@ func testTruncatedErrors(t *testing.T, r *rig) {
 	eachFamily(t, r, func(r *rig, f family) {
 		for _, k := range f.kinds() {
 			if k.p.Port() != 0 {
-				k.p = k.p.From(k.p.Src, changedPort) // SCTP keeps it all the same
+				k.p = k.p.From(k.p.Src, changedPort)
 			}
 			out := r.translate(k.p, policy.MasqNew, f.node)
 			typ := map[string]uint8{"IPv4": 11, "IPv6": 3}[f.name]

@@ -36,6 +36,20 @@ const (
 	ACK = 0x10
 )
 
+// Types of SCTP chunks (RFC 9260 section 3.2).
+const (
+	SCTPData             = 0
+	SCTPInit             = 1
+	SCTPInitAck          = 2
+	SCTPSack             = 3
+	SCTPHeartbeat        = 4
+	SCTPAbort            = 6
+	SCTPShutdown         = 7
+	SCTPShutdownAck      = 8
+	SCTPCookieEcho       = 10
+	SCTPShutdownComplete = 14
+)
+
 // Link is what stands before the IP header.
 type Link int
 
@@ -72,7 +86,7 @@ type Packet struct {
 	NoChecksum       bool // UDP: the field is zero
 	Coverage         int  // UDP-Lite: bytes summed; 0: all
 
-	Type, Code uint8  // of ICMP
+	Type, Code uint8  // of ICMP; the type of SCTP's only chunk
 	Ident      uint16 // of an ICMP query or its answer
 	Rest       uint32 // second word of another ICMP message; of a query the sequence number
 

@@ -46,8 +46,10 @@ func (p Packet) Transport() []byte {
 		b = p.ports(8)
 		binary.BigEndian.PutUint16(b[4:], uint16(p.Coverage))
 	case p.Proto == SCTP:
-		b = p.ports(12)
+		b = p.ports(16)
 		binary.BigEndian.PutUint32(b[4:], p.Seq)
+		b[12] = p.Type
+		binary.BigEndian.PutUint16(b[14:], uint16(4+len(p.Payload)))
 	case p.icmp():
 		b = make([]byte, 8)
 		b[0], b[1] = p.Type, p.Code
