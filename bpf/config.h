@@ -20,6 +20,8 @@ volatile const __u8 have_csum_ipv6 = 0;
 /* Prefixes in one policy table: 65536 a family of the ip-masq-agent list, nodes and the rest. */
 #define POLICY_ENTRIES 262144
 #define DEVICE_ENTRIES 1024
+/* Answers of the policy's tables remembered on each CPU, as a power of two; 32 KB. */
+#define ANSWER_BITS 10
 /* IPv6 extension headers walked before the chain is refused. */
 #define MAX_EXTENSIONS 6
 /* Ports tried for a new mapping: all of a pool of this size, and of a larger one a number that at

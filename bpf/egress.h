@@ -26,7 +26,7 @@ static __always_inline enum outcome egress_translate(struct __sk_buff *skb, stru
 static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratch *s)
 {
 	struct packet *pkt = &s->packet;
-	struct rule *r = NULL;
+	struct rule r = {};
 	__u32 generation = 0;
 
 	if (!quote_parse(skb, pkt, &s->quote)) {
@@ -40,7 +40,7 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 		return OUT_DROP_REWRITE;
 	if (policy_settings(&generation))
 		r = policy_lookup(generation, TRIE_SOURCE, &pkt->src);
-	if (r && r->outcome == OUT_PASS_HOST)
+	if (r.outcome == OUT_PASS_HOST)
 		return endpoint_is(&s->to, &s->quote.dst, s->quote.dport) ? OUT_PASS_HOST
 									  : OUT_MASQ_ERROR;
 	if (!is_ipv4(pkt) &&
@@ -226,13 +226,13 @@ static __always_inline bool egress_answers(struct scratch *s)
 static __always_inline void egress_address(struct scratch *s, const struct device *dev,
 					   const struct setting *set, __u32 generation)
 {
-	struct rule *r = NULL;
+	struct rule r = {};
 
 	s->to.addr = dev->addr[s->packet.family & 1];
 	if (set->routes)
 		r = policy_lookup(generation, TRIE_ROUTE, &s->packet.dst);
-	if (r && r->source)
-		s->to.addr = set->source[r->source & (ROUTE_SOURCES - 1)];
+	if (r.source)
+		s->to.addr = set->source[r.source & (ROUTE_SOURCES - 1)];
 }
 
 /* Line 10: may this packet be masqueraded, and with which address? OUT_CONTINUE: do it. */

@@ -91,9 +91,7 @@ static __always_inline bool inbound_learns(const struct packet *pkt, __u32 now)
 /* Does a flow of a pod to this remote leave untranslated for a reason of lines 4 to 8? */
 static __always_inline bool inbound_exempt(__u32 generation, const struct addr *remote)
 {
-	struct rule *r = policy_lookup(generation, TRIE_DESTINATION, remote);
-
-	return r && r->outcome;
+	return policy_lookup(generation, TRIE_DESTINATION, remote).outcome;
 }
 
 /* May an arriving packet open a connection to a pod? A SYN and an ICMP query say so themselves.
@@ -110,7 +108,7 @@ static __always_inline bool inbound_opens(const struct packet *pkt, const struct
 	if (pkt->proto == IPPROTO_TCP && !inbound_learns(pkt, now))
 		return false;
 	return set->enabled[pkt->family & 1] && !inbound_exempt(generation, &pkt->src) &&
-	       !inbound_exempt(generation ^ 1, &pkt->src);
+	       !inbound_exempt(generation - 1, &pkt->src);
 }
 
 /* Notes an arriving packet that is no mapping's. */
@@ -119,7 +117,6 @@ static __noinline enum outcome inbound_arrives(const struct tuple *t, const stru
 	struct inbound new = { .packets = pkt->segments };
 	struct inbound *in;
 	struct setting *set;
-	struct rule *r;
 	struct endpoint external;
 	struct tuple4 k;
 	__u32 generation = 0, now;
@@ -129,8 +126,7 @@ static __noinline enum outcome inbound_arrives(const struct tuple *t, const stru
 	set = policy_settings(&generation);
 	if (!set)
 		return OUT_PASS_NO_MAPPING;
-	r = policy_lookup(generation, TRIE_SOURCE, &pkt->dst);
-	if (!r || r->outcome)
+	if (policy_lookup(generation, TRIE_SOURCE, &pkt->dst).outcome)
 		return OUT_PASS_NO_MAPPING; /* for the node, or none of ours */
 	now = now_seconds();
 	in = inbound_find(t);

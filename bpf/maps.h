@@ -147,8 +147,8 @@ struct policy_trie {
 
 enum trie { TRIE_SOURCE = 0, TRIE_DESTINATION = 1, TRIE_ROUTE = 2, TRIES = 3 };
 
-/* Two generations of the policy's tables. The agent fills the idle one and then flips
- * control.active: a packet reads the number once, so it never sees a mixture. */
+/* Two sets of the policy's tables, for even and odd generations. The agent fills the idle one and
+ * then writes the next number to control.active: a packet reads it once, so it never sees a mixture. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 2 * TRIES);
@@ -156,6 +156,25 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 	__array(values, struct policy_trie);
 } policies SEC(".maps");
+
+/* What a table of the policy said of an address. */
+struct answer {
+	struct addr addr;
+	__u32 generation; /* never comes again, so a new policy makes every answer void at once */
+	__u8 trie; /* enum trie */
+	__u8 valid;
+	__u8 pad[2];
+	struct rule rule;
+};
+
+/* Answers by a hash of the address: a look-up in a table of thousands of prefixes takes 60 ns. Per
+ * CPU, so nobody waits for anybody; a collision replaces the older answer. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << ANSWER_BITS);
+	__type(key, __u32);
+	__type(value, struct answer);
+} answers SEC(".maps");
 
 enum timer {
 	TIMER_TCP_SYN = 0,
@@ -170,7 +189,7 @@ enum timer {
 
 enum unknown_protocols { UNKNOWN_MASQUERADE = 0, UNKNOWN_DROP, UNKNOWN_PASS };
 
-/* The part of the policy that is no prefix; one element a generation. */
+/* The part of the policy that is no prefix; for even and odd generations. */
 struct setting {
 	__u32 enabled[2]; /* by enum family */
 	__u32 unknown_protocols; /* enum unknown_protocols */
@@ -193,7 +212,7 @@ struct {
 } settings SEC(".maps");
 
 struct state {
-	__u32 active; /* generation in force; ~0 before the first apply */
+	__u32 active; /* generation in force, counted up by each apply; ~0 before the first */
 	__u32 layout; /* MAP_LAYOUT of the writer */
 	__u32 learn_until; /* second until which any arriving TCP packet opens an inbound connection */
 	__u32 pad;

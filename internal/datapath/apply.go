@@ -72,8 +72,7 @@ func renderTries(p *policy.Policy) [tries][]trieEntry {
 }
 
 // Apply makes the kernel follow p. Packets see the old policy or the new one,
-// never a mixture: the tables of the idle generation are written first, then one
-// number changes. When it returns, no packet is under way with the old policy.
+// never a mixture: the idle tables are written first, then one number changes. When it returns, no packet is under way with the old policy.
 // On an error the old policy stays in force, and a later Apply starts over.
 // Devices are attached last, when there is a policy for them: ErrAttach says that
 // the policy is in force, but not on each of its devices.
@@ -101,17 +100,17 @@ func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
 	return nil
 }
 
-// writePolicy writes p into the idle generation and makes it the active one.
+// writePolicy writes p into the idle tables and puts them in force as the next generation.
 func (d *Datapath) writePolicy(ctx context.Context, p *policy.Policy) (*applied, error) {
-	next, idle, err := d.prepare(ctx, p)
+	next, generation, err := d.prepare(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.flip(idle, next); err != nil {
+	if err := d.flip(generation, next); err != nil {
 		d.releaseNew(next)
 		return nil, err
 	}
-	if err := d.awaitReaders(idle, next); err != nil {
+	if err := d.awaitReaders(generation, next); err != nil {
 		d.releaseNew(next)
 		return nil, err
 	}
@@ -127,14 +126,11 @@ func (d *Datapath) releaseTries(old, next *applied) {
 }
 
 // prepare makes the tables of p that differ from those in force, and returns the
-// idle generation.
-func (d *Datapath) prepare(ctx context.Context, p *policy.Policy) (next *applied, idle uint32, err error) {
+// number of the next generation.
+func (d *Datapath) prepare(ctx context.Context, p *policy.Policy) (next *applied, generation uint32, err error) {
 	st, err := d.state()
 	if err != nil {
 		return nil, 0, err
-	}
-	if st.Active == 0 {
-		idle = 1
 	}
 	next = &applied{policy: p, rows: renderTries(p)}
 	for i, rows := range next.rows {
@@ -147,22 +143,23 @@ func (d *Datapath) prepare(ctx context.Context, p *policy.Policy) (next *applied
 			return nil, 0, err
 		}
 	}
-	return next, idle, nil
+	return next, st.Active + 1, nil // noGeneration is followed by 0
 }
 
-// flip writes the idle generation and makes it the active one.
-func (d *Datapath) flip(idle uint32, next *applied) error {
+// flip writes the idle tables and makes them the active ones, by a number that was
+// never used before: what the programs remember of the old tables is void with it.
+func (d *Datapath) flip(generation uint32, next *applied) error {
 	for i, m := range next.tries {
 		if err := d.step(fmt.Sprintf("table %d", i)); err != nil {
 			return err
 		}
-		if err := d.putTrie(idle, i, m); err != nil {
+		if err := d.putTrie(generation, i, m); err != nil {
 			return err
 		}
 		if err := d.step(fmt.Sprintf("pin %d", i)); err != nil {
 			return err
 		}
-		if err := replaceMapPin(m, filepath.Join(d.opt.Root, pinTrie(idle, i))); err != nil {
+		if err := replaceMapPin(m, filepath.Join(d.opt.Root, pinTrie(generation, i))); err != nil {
 			return err
 		}
 	}
@@ -176,7 +173,7 @@ func (d *Datapath) flip(idle uint32, next *applied) error {
 	if err := d.guardOldPools(setting); err != nil {
 		return err
 	}
-	if err := d.objs.Settings.Put(idle, setting); err != nil {
+	if err := d.objs.Settings.Put(tableSet(generation), setting); err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
 	if err := d.step("flip"); err != nil {
@@ -186,12 +183,12 @@ func (d *Datapath) flip(idle uint32, next *applied) error {
 	if err != nil {
 		return err
 	}
-	st.Active = idle
+	st.Active = generation
 	return d.setState(st)
 }
 
 func (d *Datapath) putTrie(generation uint32, which int, m *ebpf.Map) error {
-	if err := d.objs.Policies.Put(generation*tries+uint32(which), m); err != nil {
+	if err := d.objs.Policies.Put(tableSet(generation)*tries+uint32(which), m); err != nil {
 		return fmt.Errorf("write policy table: %w", err)
 	}
 	return nil

@@ -119,7 +119,7 @@ func (i *Inspector) setting() (*masqSetting, error) {
 		return nil, err
 	}
 	s := new(masqSetting)
-	if err := i.maps[pinSettings].Lookup(generation, s); err != nil {
+	if err := i.maps[pinSettings].Lookup(tableSet(generation), s); err != nil {
 		return nil, fmt.Errorf("read settings: %w", err)
 	}
 	return s, nil

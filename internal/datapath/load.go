@@ -20,6 +20,9 @@ const mapLayout = 1
 // noGeneration is control.active before the first apply.
 const noGeneration = ^uint32(0)
 
+// tableSet is where the tables of a generation are: there are two sets in turn.
+func tableSet(generation uint32) uint32 { return generation % 2 }
+
 // learnWindow is how long after the very first attach any arriving TCP packet
 // counts as one of a connection opened from outside.
 const learnWindow = 5 * time.Minute

@@ -18,6 +18,16 @@ type masqAddr struct {
 	W [4]uint32
 }
 
+type masqAnswer struct {
+	_          structs.HostLayout
+	Addr       masqAddr
+	Generation uint32
+	Trie       uint8
+	Valid      uint8
+	Pad        [2]uint8
+	Rule       masqRule
+}
+
 type masqCounter struct {
 	_       structs.HostLayout
 	Packets uint64
@@ -273,6 +283,7 @@ type masqTuple4 struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	masqMapAnswers       = "answers"
 	masqMapControl       = "control"
 	masqMapCounters      = "counters"
 	masqMapDevices       = "devices"
@@ -347,6 +358,7 @@ type masqProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type masqMapSpecs struct {
+	Answers   *ebpf.MapSpec `ebpf:"answers"`
 	Control   *ebpf.MapSpec `ebpf:"control"`
 	Counters  *ebpf.MapSpec `ebpf:"counters"`
 	Devices   *ebpf.MapSpec `ebpf:"devices"`
@@ -389,6 +401,7 @@ func (o *masqObjects) Close() error {
 //
 // It can be passed to loadMasqObjects or ebpf.CollectionSpec.LoadAndAssign.
 type masqMaps struct {
+	Answers   *ebpf.Map `ebpf:"answers"`
 	Control   *ebpf.Map `ebpf:"control"`
 	Counters  *ebpf.Map `ebpf:"counters"`
 	Devices   *ebpf.Map `ebpf:"devices"`
@@ -406,6 +419,7 @@ type masqMaps struct {
 
 func (m *masqMaps) Close() error {
 	return _MasqClose(
+		m.Answers,
 		m.Control,
 		m.Counters,
 		m.Devices,

@@ -42,7 +42,7 @@ var trieNames = [tries]string{trieSource: "source", trieDestination: "destinatio
 // pinTrie names the pin of one table of a generation, for readers: a map in a map
 // can't be opened through its outer map without CAP_SYS_ADMIN.
 func pinTrie(generation uint32, which int) string {
-	return fmt.Sprintf("%s_%d", trieNames[which], generation)
+	return fmt.Sprintf("%s_%d", trieNames[which], tableSet(generation))
 }
 
 // pinLink names the pin of a tcx link.

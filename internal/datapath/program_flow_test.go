@@ -130,6 +130,36 @@ func testKnownFlowOutlivesPolicy(t *testing.T, r *rig) {
 	})
 }
 
+// The programs remember what the policy's tables said of an address. An apply voids
+// that, also when the tables are written where older ones were.
+func testPolicyVoidsAnswers(t *testing.T, r *rig) {
+	eachFamily(t, r, func(r *rig, f family) {
+		base, excluded, off := r.familyInput(), r.familyInput(), r.familyInput()
+		excluded.NonMasq = []policy.Rule{{Prefix: prefixOf(f.remote), Origin: "test"}}
+		off.Sources = nil
+		r.apply(base)
+		p := f.udp()
+		for range 3 {
+			for _, step := range []struct {
+				in   policy.Input
+				want policy.Outcome
+			}{
+				{excluded, policy.PassNonMasq}, {off, policy.PassSource}, {base, policy.MasqNew}, {off, policy.PassSource}, {excluded, policy.PassNonMasq},
+				{base, policy.MasqNew},
+			} {
+				r.clear()
+				r.reapply(step.in)
+				for range 2 {
+					p.SrcPort++ // a new flow
+					if res := r.run(egress, "eth0", p.Link, p.Build()); res.outcome != step.want {
+						t.Fatalf("%s, want %s", res.outcome, step.want)
+					}
+				}
+			}
+		}
+	})
+}
+
 // Before the first policy nothing that could need it leaves, and everything arrives.
 func testWithoutPolicy(t *testing.T, r *rig) {
 	eachFamily(t, r, func(r *rig, f family) {

@@ -98,6 +98,7 @@ func runPrograms(t *testing.T, r *rig) {
 		{"LostPort", testLostPort},
 		{"SamePortEverywhere", testSamePortEverywhere},
 		{"KnownFlowOutlivesPolicy", testKnownFlowOutlivesPolicy},
+		{"PolicyVoidsAnswers", testPolicyVoidsAnswers},
 		{"Reopens", testReopens},
 		{"StackedDevices", testStackedDevices},
 		{"CountsSegments", testCountsSegments},

@@ -93,7 +93,7 @@ func (d *Datapath) guardOldPools(s *masqSetting) error {
 		return err
 	}
 	var old masqSetting
-	if err := d.objs.Settings.Lookup(st.Active, &old); err != nil {
+	if err := d.objs.Settings.Lookup(tableSet(st.Active), &old); err != nil {
 		return fmt.Errorf("read settings: %w", err)
 	}
 	for i, w := range old.Guarded {
