@@ -23,6 +23,19 @@ static __always_inline bool port_in(const __u64 *set, __be16 port)
 	return set[(p >> 6) & 1023] >> (p & 63) & 1;
 }
 
+/* Does the kernel itself exchange packets of this protocol, to this port, with the remote? */
+static __noinline bool claim_node_tunnels(const struct addr *remote, __be16 port, __u8 proto)
+{
+	struct tunnel k = { .remote = *remote, .port = port, .proto = proto };
+
+	if (bpf_map_lookup_elem(&tunnels, &k))
+		return true;
+	if (!addr_is_v4_mapped(remote))
+		k.remote.w[0] = k.remote.w[1] = k.remote.w[2] = 0;
+	k.remote.w[3] = 0;
+	return bpf_map_lookup_elem(&tunnels, &k);
+}
+
 /* There are look-ups for the sockets of these protocols only. */
 static __always_inline bool claim_can_ask(__u8 proto)
 {

@@ -9,12 +9,31 @@
 #include "inbound.h"
 #include "quote.h"
 
+/* A translated packet may meet a program of ours again: on a device below this one, or while the
+ * hook changes. The mark says so. It decides about packets with the node's own address only, so
+ * a forged one gains nothing. The IP layer clears these words of an arriving packet; the control
+ * block itself is lost where a qdisc queues the packet in between. */
+#define MARK_2 0x42617574
+#define MARK_3 0x61204e41
+
+static __always_inline void egress_mark(struct __sk_buff *skb)
+{
+	skb->cb[2] = MARK_2;
+	skb->cb[3] = MARK_3;
+}
+
+static __always_inline bool egress_is_marked(const struct __sk_buff *skb)
+{
+	return skb->cb[2] == MARK_2 && skb->cb[3] == MARK_3;
+}
+
 /* Writes the external socket into the packet. */
 static __always_inline enum outcome egress_translate(struct __sk_buff *skb, struct scratch *s,
 						     enum outcome out)
 {
 	if (port_is_fixed(&s->packet) && s->to.port != s->packet.sport)
 		return OUT_DROP_FRAGMENT;
+	egress_mark(skb);
 	if (s->packet.first_fragment)
 		fragment_note(&s->packet, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
 	return rewrite(skb, &s->packet, SOURCE, &s->to) ? OUT_DROP_REWRITE : out;
@@ -63,9 +82,16 @@ static __always_inline struct flow *egress_reverse(struct scratch *s)
 static __noinline bool egress_confirm(struct __sk_buff *skb, struct scratch *s, __u8 bits,
 				      __u32 now)
 {
-	if (egress_reverse(s))
-		return endpoint_is(&s->owner, &s->flow.local, s->flow.lport);
+	struct flow *r = egress_reverse(s);
+
 	bits &= FLOW_HOST;
+	if (!bits && s->packet.kind == KIND_BARE &&
+	    claim_node_tunnels(&s->flow.remote, 0, s->flow.proto)) {
+		flow_delete(REVERSE, &s->reverse); /* a tunnel of the node that came later */
+		return false;
+	}
+	if (r)
+		return endpoint_is(&s->owner, &s->flow.local, s->flow.lport);
 	if (!bits && claim_node_owns(skb, &s->reverse))
 		return false;
 	s->entry.flow =
@@ -170,30 +196,37 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 	return egress_translate(skb, s, bits & FLOW_HOST ? OUT_MASQ_HOST : OUT_MASQ_NEW);
 }
 
-/* The packet's source is the external socket of a mapping, r. Is it that mapping's own packet,
- * translated on a device stacked above this one, or the node's own that meets it? A translated one
- * was forwarded, and its forward half spoke just now. */
-static __noinline bool egress_translated(struct __sk_buff *skb, struct scratch *s, __u8 bits)
+/* A packet of the node meets the reverse entry r of a mapping, whose inner socket is in s->owner.
+ * OUT_CONTINUE: it needs a mapping, and with it another port. */
+static __always_inline enum outcome egress_meets(struct __sk_buff *skb, struct scratch *s,
+						 const struct flow *r, enum outcome pass)
 {
-	struct flow *f;
+	const struct packet *pkt = &s->packet;
 
-	if (bits & FLOW_HOST)
-		return true; /* a port that the node itself was given */
-	if (!skb->ingress_ifindex)
-		return false;
-	s->reverse = s->flow;
-	s->reverse.local = s->owner.addr;
-	s->reverse.lport = s->owner.port;
-	f = flow_find(FORWARD, &s->reverse, &s->to);
-	return f && (__s32)(now_seconds() - f->seen) <= 1;
+	if (egress_is_marked(skb))
+		return OUT_PASS_TRANSLATED;
+	if (pkt->proto == IPPROTO_UDP && claim_node_tunnels(&pkt->dst, pkt->dport, IPPROTO_UDP))
+		return pass; /* nobody answers to the source port of a tunnel's packet */
+	if (pkt->kind == KIND_BARE && !(r->bits & FLOW_HOST)) {
+		/* There is no other port, and the node comes before any pod. */
+		s->reverse = s->flow;
+		s->reverse.local = s->owner.addr;
+		s->reverse.lport = s->owner.port;
+		flow_delete(FORWARD, &s->reverse);
+		flow_delete(REVERSE, &s->flow);
+	}
+	return OUT_CONTINUE;
 }
 
-/* A packet of the node. Whoever came first keeps a tuple: if a pod's mapping has it, the node's
- * flow gets a mapping and with it another port. ICMP queries, SCTP, UDP-Lite and protocols without
- * ports have no socket that could be looked up, so the node claims them as it uses them.
- * OUT_CONTINUE: it needs a mapping. */
+/* A packet of the node. Whoever came first keeps a tuple: if a mapping has it, the node's flow
+ * gets a mapping and with it another port. Sockets can be looked up, so what one of them sends
+ * needs no entry. Everything else is claimed as it is used: ICMP queries, protocols without ports,
+ * SCTP and UDP-Lite, and what was forwarded, because then the node's address comes from another
+ * translator (netfilter's MASQUERADE or the way back of its DNAT). OUT_CONTINUE: it needs an
+ * entry. */
 static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch *s,
-					   const struct setting *set, enum outcome pass)
+					   const struct setting *set, __u32 generation,
+					   enum outcome pass)
 {
 	const struct packet *pkt = &s->packet;
 	struct flow *r;
@@ -205,10 +238,13 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 		return pass;
 	r = flow_find(REVERSE, &s->flow, &s->owner);
 	if (r)
-		return egress_translated(skb, s, r->bits) ? OUT_PASS_TRANSLATED : OUT_CONTINUE;
-	if (claim_can_ask(pkt->proto) || pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
+		return egress_meets(skb, s, r, pass);
+	if (pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
 		return pass;
-	return OUT_CONTINUE;
+	if (claim_can_ask(pkt->proto) && !skb->ingress_ifindex)
+		return pass;
+	/* Towards an excluded destination no mapping can be in the way. */
+	return inbound_exempt(generation, &pkt->dst) ? pass : OUT_CONTINUE;
 }
 
 /* An answer to a mapped flow that leaves by another masquerade device, towards its inner host:
@@ -255,6 +291,8 @@ static __always_inline enum outcome egress_admit(struct __sk_buff *skb, struct s
 		return OUT_DROP_PROTOCOL;
 	if (pkt->kind == KIND_CONTROL)
 		return OUT_DROP_PROTOCOL;
+	if (pkt->kind == KIND_BARE && claim_node_tunnels(&pkt->dst, 0, pkt->proto))
+		return OUT_DROP_PROTOCOL;
 	egress_address(s, dev, set, generation);
 	return addr_is_zero(&s->to.addr) ? OUT_DROP_NO_ADDRESS : OUT_CONTINUE;
 }
@@ -275,7 +313,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	out = decide(pkt, generation, set);
 	if (out == OUT_PASS_HOST || out == OUT_PASS_DISABLED) {
 		pass = out;
-		out = egress_host(skb, s, set, pass);
+		out = egress_host(skb, s, set, generation, pass);
 		if (out)
 			return out;
 		s->to.addr = pkt->src;

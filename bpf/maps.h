@@ -240,6 +240,25 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } devices SEC(".maps");
 
+/* What the node's own tunnels and xfrm states send: written by the agent, asked for protocols
+ * without ports, and when a packet of the node meets a mapping. The agent merges long lists, so
+ * that it is never full. */
+struct tunnel {
+	struct addr remote; /* 0.0.0.0 or ::, any of the family */
+	__be16 port; /* at the remote; 0 for a protocol without ports */
+	__u8 proto;
+	__u8 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TUNNEL_ENTRIES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tunnel);
+	__type(value, __u32); /* no meaning */
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} tunnels SEC(".maps");
+
 enum pool {
 	POOL_PORTS, /* settings.port */
 	POOL_IDENTIFIERS, /* 0-65535 (ICMP) */

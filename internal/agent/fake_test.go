@@ -155,6 +155,8 @@ func (k *fakeKernel) Walk(context.Context) (datapath.Swept, error) {
 	return datapath.Swept{}, nil
 }
 
+func (k *fakeKernel) SetTunnels([]datapath.Tunnel) error { return nil }
+
 func (k *fakeKernel) Drain(datapath.Swept) error { return nil }
 
 func (k *fakeKernel) Attached() []datapath.Attachment {

@@ -80,6 +80,15 @@ func sourceState(cfg config.Config, on bool, ranges []policy.Rule, defaultRoute 
 	return SourcesUnused
 }
 
+// tunnels are what no pod may exchange with the same remote.
+func tunnels(list []devices.Tunnel) []datapath.Tunnel {
+	out := make([]datapath.Tunnel, len(list))
+	for i, t := range list {
+		out[i] = datapath.Tunnel(t)
+	}
+	return out
+}
+
 func patterns(f config.DeviceFilter) []string {
 	texts := make([]string, len(f))
 	for i, p := range f {

@@ -18,6 +18,7 @@ import (
 // backend makes the kernel follow a policy.
 type backend interface {
 	Apply(context.Context, *policy.Policy) error
+	SetTunnels([]datapath.Tunnel) error
 	Attached() []datapath.Attachment
 	Healthy() bool                                // cheaper than Attached
 	Walk(context.Context) (datapath.Swept, error) // may run beside the others

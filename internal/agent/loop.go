@@ -215,6 +215,9 @@ func (l *loop) follow(ctx context.Context) error {
 	if err := l.read(); err != nil {
 		return err
 	}
+	if err := l.kernel.SetTunnels(tunnels(l.facts.network.Tunnels())); err != nil {
+		return err
+	}
 	l.wanted = assemble(l.cfg, l.facts)
 	news := l.inForce == nil || !same(l.wanted.input, l.inForce.input)
 	if !news && !l.force && complete(l.facts.attached, l.wanted.input.Devices) {

@@ -123,6 +123,10 @@ func (s *Status) read(k inspector) error {
 	if worst.Used > 0 {
 		s.Ports.Worst = &WorstPort{worst.Proto, worst.Addr, worst.Remote, worst.Used, worst.Pool}
 	}
+	if n := usage[0].Foreign + usage[1].Foreign; n > 0 {
+		s.Warnings = append(s.Warnings, fmt.Sprintf("another masquerade is active: %d flows were already translated by netfilter "+
+			"(a MASQUERADE or DNAT rule) when they left; their ports are respected", n))
+	}
 	s.addAttached(attached)
 	s.addCounts(counts)
 	return nil

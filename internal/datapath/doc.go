@@ -98,6 +98,9 @@ type Usage struct {
 	Limit        int `json:"limit"`
 	Inbound      int `json:"inbound"`
 	InboundLimit int `json:"inboundLimit"`
+	// Foreign are those of the flows that came here translated, by netfilter: their
+	// ports are respected.
+	Foreign int `json:"foreign,omitempty"`
 }
 
 // PortUse is the remote towards which most external ports are taken.

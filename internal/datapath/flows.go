@@ -8,6 +8,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/policy"
 )
 
 // flowKey is the key of a flow: Local is the inner socket in the forward and
@@ -70,6 +72,12 @@ func (k flowKey) tuple() masqTuple {
 		Local: addrTo(k.local.Addr()), Remote: addrTo(k.remote.Addr()),
 		Lport: swapPort(k.local.Port()), Rport: swapPort(k.remote.Port()), Proto: k.proto,
 	}
+}
+
+// foreign tells whether a flow is the node's by its address only: it was forwarded,
+// with an address that somebody else gave it. The node's own sockets hold no entry.
+func (e flowEntry) foreign() bool {
+	return e.host() && e.xlate == e.key.local && (e.key.proto == policy.ProtoTCP || e.key.proto == policy.ProtoUDP)
 }
 
 // reverseKey is the key of the other half of a forward entry.

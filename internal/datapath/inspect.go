@@ -186,11 +186,14 @@ func (i *Inspector) Usage() ([2]Usage, error) {
 	for n, t := range i.tables {
 		u := &out[n]
 		u.Limit, u.InboundLimit = int(t.forward.MaxEntries()), int(t.inbound.MaxEntries())
-		for _, err := range t.all(t.forward) {
+		for e, err := range t.all(t.forward) {
 			if err != nil {
 				return out, err
 			}
 			u.Flows++
+			if e.foreign() {
+				u.Foreign++
+			}
 		}
 		for _, err := range t.allInbound() {
 			if err != nil {

@@ -55,7 +55,8 @@ type Datapath struct {
 	attached map[int]*attachment // by ifindex
 	taken    bool                // what an earlier agent attached has been taken over
 	applied  *applied
-	applies  uint64 // number of complete ones
+	tunnels  []Tunnel // written; nil: not yet
+	applies  uint64   // number of complete ones
 	sweeper  *sweeper
 
 	// interrupt, set by tests only, is called before each write of Apply; an

@@ -259,6 +259,14 @@ type masqState struct {
 	Seed       uint64
 }
 
+type masqTunnel struct {
+	_      structs.HostLayout
+	Remote masqAddr
+	Port   uint16
+	Proto  uint8
+	Pad    uint8
+}
+
 type masqTuple struct {
 	_      structs.HostLayout
 	Local  masqAddr
@@ -297,6 +305,7 @@ const (
 	masqMapReverse6      = "reverse6"
 	masqMapScratch       = "scratch"
 	masqMapSettings      = "settings"
+	masqMapTunnels       = "tunnels"
 	masqProgEgressEther  = "egress_ether"
 	masqProgEgressRaw    = "egress_raw"
 	masqProgIngressEther = "ingress_ether"
@@ -372,6 +381,7 @@ type masqMapSpecs struct {
 	Reverse6  *ebpf.MapSpec `ebpf:"reverse6"`
 	Scratch   *ebpf.MapSpec `ebpf:"scratch"`
 	Settings  *ebpf.MapSpec `ebpf:"settings"`
+	Tunnels   *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
 // masqVariableSpecs contains global variables before they are loaded into the kernel.
@@ -415,6 +425,7 @@ type masqMaps struct {
 	Reverse6  *ebpf.Map `ebpf:"reverse6"`
 	Scratch   *ebpf.Map `ebpf:"scratch"`
 	Settings  *ebpf.Map `ebpf:"settings"`
+	Tunnels   *ebpf.Map `ebpf:"tunnels"`
 }
 
 func (m *masqMaps) Close() error {
@@ -433,6 +444,7 @@ func (m *masqMaps) Close() error {
 		m.Reverse6,
 		m.Scratch,
 		m.Settings,
+		m.Tunnels,
 	)
 }
 

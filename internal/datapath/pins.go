@@ -27,11 +27,12 @@ const (
 	pinCounters  = "counters"
 	pinDevices   = "devices"
 	pinReap      = "reap"
+	pinTunnels   = "tunnels"
 )
 
 var fixedPins = []string{
 	pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6, pinFragments,
-	pinPolicies, pinControl, pinSettings, pinCounters, pinDevices, pinReap,
+	pinPolicies, pinControl, pinSettings, pinCounters, pinDevices, pinReap, pinTunnels,
 }
 
 // newSuffix marks a pin that is about to take the place of another one.

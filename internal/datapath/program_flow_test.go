@@ -203,8 +203,7 @@ func testReopens(t *testing.T, r *rig) {
 // A packet that meets the program again on a lower device of a stack passes there.
 // (A test run can repeat the program on one packet.)
 func testStackedDevices(t *testing.T, r *rig) {
-	// 5.10 refuses it and 6.1 takes it; those between were not tried.
-	labtest.Kernel(t, labtest.Feature{Name: "ingress_ifindex in a test run", Major: 6, Minor: 1})
+	labtest.Kernel(t, forwardedRun)
 	r.apply(r.familyInput())
 	eachFamily(t, r, func(r *rig, f family) {
 		p := f.udp().From(f.pod, changedPort)

@@ -83,6 +83,9 @@ func (w *walker) forward(e flowEntry) error {
 	if w.usage.Flows++; w.usage.Flows%walkBatch == 0 && w.ctx.Err() != nil {
 		return w.ctx.Err()
 	}
+	if e.foreign() {
+		w.usage.Foreign++
+	}
 	w.ports.add(e)
 	w.paired.add(e.reverseKey())
 	rec := masqReapRecord{Key: e.key.tuple(), Table: reapForward, Percent: w.percent}

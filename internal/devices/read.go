@@ -83,14 +83,15 @@ func read() (Snapshot, error) {
 			}
 		}
 	}
-	return s, nil
+	s.States, err = readStates()
+	return s, err
 }
 
 func newLink(l netlink.Link) Link {
 	a := l.Attrs()
 	return Link{
 		Index: a.Index, Name: a.Name, Kind: l.Type(), Hardware: a.EncapType,
-		Flags: a.RawFlags, Master: a.MasterIndex, Port: tunnelPort(l),
+		Flags: a.RawFlags, Master: a.MasterIndex, Port: tunnelPort(l), Tunnels: linkTunnels(l),
 	}
 }
 

@@ -40,7 +40,7 @@ func TestSelectIsDeterministic(t *testing.T) {
 		want := Select(c.host, c.options)
 		for seed := range uint64(20) {
 			r := rand.New(rand.NewPCG(seed, 0))
-			s := Snapshot{slices.Clone(c.host.Links), slices.Clone(c.host.Addrs), slices.Clone(c.host.Routes)}
+			s := Snapshot{slices.Clone(c.host.Links), slices.Clone(c.host.Addrs), slices.Clone(c.host.Routes), nil}
 			r.Shuffle(len(s.Links), reflect.Swapper(s.Links))
 			rank := r.Perm(100)
 			slices.SortStableFunc(s.Addrs, func(a, b Addr) int { return rank[a.Index] - rank[b.Index] })

@@ -25,6 +25,7 @@ type Snapshot struct {
 	Links  []Link
 	Addrs  []Addr
 	Routes []Route
+	States []Tunnel // of xfrm: what IPsec exchanges
 }
 
 // TunnelPorts returns the UDP ports on which tunnels of the node receive, sorted,
@@ -49,6 +50,8 @@ type Link struct {
 	Flags    uint32 // IFF_*
 	Master   int    // ifindex of the bridge, bond or VRF; 0: none
 	Port     uint16 // UDP port on which a VXLAN or Geneve tunnel receives; 0: none is known
+
+	Tunnels []Tunnel // what it sends and receives itself
 }
 
 // Up tells whether the device is administratively up.
