@@ -5,7 +5,8 @@
  * through the pool with a keyed start and a keyed step that has no divisor in common with the
  * pool's size, so that it visits each port once. No destination goes in, so a socket gets the
  * same external port towards everybody while it is free there (RFC 4787 REQ-1), and the same
- * again after a loss of state.
+ * again after a loss of state. Ports below 1024 are for sources below 1024 (RFC 4787 REQ-3), if
+ * the pool has any. A pod beyond its fair share leaves the upper part of the pool to the others.
  *
  * Reserving is inserting the reverse entry if absent; the bucket lock makes that atomic.
  * Order: reverse, forward, then the packet leaves, so no reply can miss. A crash in between
@@ -13,8 +14,7 @@
  */
 #pragma once
 
-#include "decide.h"
-#include "flow.h"
+#include "quota.h"
 
 static __always_inline bool port_in(const __u64 *set, __be16 port)
 {
@@ -84,14 +84,18 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 	if (i == 0) {
 		*port = s->flow.lport;
 		/* The node's own may be of an older pool. */
-		return c->pool == POOL_IDENTIFIERS || c->pool == POOL_NONE || c->bits & FLOW_HOST ||
-		       port_in(set->in_pool, *port);
+		if (c->pool != POOL_IDENTIFIERS && c->pool != POOL_NONE && !(c->bits & FLOW_HOST) &&
+		    !port_in(set->in_pool, *port))
+			return false;
+	} else {
+		if (c->pool >= POOL_OWN || i > c->size)
+			return false;
+		slot = (c->start + (__u64)i * c->stride) % c->size;
+		if (c->pool == POOL_PORTS)
+			slot = set->port[(c->base + slot) & 0xffff];
+		*port = bpf_htons(slot);
 	}
-	if (c->pool >= POOL_OWN || i > c->size)
-		return false;
-	slot = (c->start + (__u64)i * c->stride) % c->size;
-	*port = bpf_htons(c->pool == POOL_PORTS ? set->port[slot & 0xffff] : slot);
-	return true;
+	return !c->heavy || bpf_ntohs(*port) < c->limit;
 }
 
 /* Tries candidate i; true ends the search. */
@@ -103,6 +107,7 @@ static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 
 	if (!claim_candidate(s, set, i, &port))
 		return false;
+	s->claim.tried = i + 1;
 	s->reverse.lport = port;
 	if (flow_find(REVERSE, &s->reverse, &s->owner)) {
 		if (!endpoint_is(&s->owner, &s->flow.local, s->flow.lport))
@@ -166,13 +171,31 @@ static __always_inline void claim_aim(struct claim *c, const struct tuple *flow,
 
 	c->start = h;
 	c->reused = 0;
+	c->tried = 0;
 	if (c->pool == POOL_PORTS) {
-		c->size = set->ports;
-		c->stride = set->stride[h >> 32 & (STRIDES - 1)];
+		bool low = bpf_ntohs(flow->lport) < 1024 && set->privileged;
+
+		c->base = low ? 0 : set->privileged;
+		c->size = low ? set->privileged : set->ports - set->privileged;
+		c->stride = set->stride[low][h >> 32 & (STRIDES - 1)];
+		c->limit = set->port[(c->base + c->size * FAIR_PERCENT / 100) & 0xffff];
 	} else {
 		c->size = 65536;
 		c->stride = h >> 32 | 1;
+		c->limit = c->pool >= POOL_OWN ? 65536 : 65536 * FAIR_PERCENT / 100;
 	}
+}
+
+/* Counts a search in its power of two of candidates. */
+static __always_inline void claim_count(const struct claim *c)
+{
+	__u32 slot = STAT_TRIES;
+
+	for (__u32 i = 0; i < STAT_FAILED - STAT_TRIES - 1; i++) {
+		if (c->tried > 1U << i)
+			slot = STAT_TRIES + i + 1;
+	}
+	stat_add(c->outcome ? STAT_FAILED : slot);
 }
 
 /* Finds and reserves an external port for s->flow at the address in s->reverse. bits: FLOW_* of
@@ -197,5 +220,8 @@ static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch 
 		if (i > limit || claim_try(skb, i) || pool >= POOL_OWN)
 			break;
 	}
+	if (s->claim.outcome == OUT_DROP_NO_PORT && s->claim.heavy)
+		s->claim.outcome = OUT_DROP_QUOTA;
+	claim_count(&s->claim);
 	return s->claim.outcome;
 }

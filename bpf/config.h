@@ -38,5 +38,18 @@ volatile const __u8 have_csum_ipv6 = 0;
 #define ROUTE_SOURCES 256
 /* Records of one run of the reaper. */
 #define REAP_BATCH 64
+/* Pods whose flows are counted. One that finds no room is neither counted nor bounded. */
+#define POD_ENTRIES 16384
+/* Refused searches remembered at once, and for how long: while one is, a pod's new flows to that
+ * remote cost a look-up and not a search. */
+#define REFUSAL_ENTRIES 4096
+#define REFUSAL_NS 1000000000ULL
+/* Of a pool, the part that a pod beyond its fair share may take ports from. */
+#define FAIR_PERCENT 70
+/* ICMP errors that tell a pod why it was refused: one in this time, and so many at once. */
+#define ANSWER_NS 100000000ULL
+#define ANSWER_BURST 10
+/* Seconds in which a port of an ended mapping goes to nobody but its last owner (RFC 6888 REQ-8). */
+#define QUARANTINE_SECONDS 120
 /* Seconds an external port may be held by a half-made mapping (a crash between two inserts). */
 #define ORPHAN_SECONDS 5

@@ -118,7 +118,11 @@ static __always_inline enum outcome egress_known(struct __sk_buff *skb, struct s
 	__u32 now = now_seconds();
 
 	if (f->seen != now && !egress_confirm(skb, s, f->bits, now)) {
+		bool host = f->bits & FLOW_HOST;
+
 		flow_delete(FORWARD, &s->flow);
+		if (!host)
+			quota_return(&s->flow.local);
 		return OUT_CONTINUE;
 	}
 	if (is_opening(&s->packet) && f->bits & (FLOW_DATA | FLOW_FIN | FLOW_RST)) {
@@ -144,21 +148,15 @@ static __always_inline enum pool egress_pool(const struct packet *pkt)
 	return pkt->kind == KIND_QUERY ? POOL_IDENTIFIERS : POOL_PORTS;
 }
 
-/* Maps a new flow to a port of s->to's address and translates its first packet. bits: FLOW_HOST
- * for the node's own. */
-static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch *s, __u8 bits)
+/* Maps a new flow to a port of the address in s->reverse. OUT_CONTINUE: the mapping is in s->to. */
+static __always_inline enum outcome egress_claim(struct __sk_buff *skb, struct scratch *s,
+						 const struct setting *set, __u8 bits)
 {
 	struct packet *pkt = &s->packet;
-	struct setting *set;
-	__u32 generation = 0, now;
 	enum outcome out;
+	__u32 now;
 	long err;
 
-	set = policy_settings(&generation);
-	if (!set)
-		return OUT_DROP_NO_POLICY;
-	s->reverse = s->flow;
-	s->reverse.local = s->to.addr;
 	out = claim_port(skb, s, set, egress_pool(pkt), bits);
 	if (out)
 		return out;
@@ -174,7 +172,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 	};
 	err = flow_add(FORWARD, &s->flow, &s->entry, &s->to.addr);
 	if (err == -EEXIST) {
-		/* Another CPU was faster with this flow: its mapping is the flow's. */
+		/* Another CPU was faster with this flow: its mapping is the flow's, and counted. */
 		struct flow *f = flow_find(FORWARD, &s->flow, &s->to);
 
 		if (!s->claim.reused && (!f || s->to.port != s->reverse.lport))
@@ -182,6 +180,8 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 		if (!f)
 			return OUT_DROP_MAP_ERROR;
 		flow_touch(f, pkt, now);
+		if (!(bits & FLOW_HOST))
+			quota_return(&s->flow.local);
 	} else if (err) {
 		if (!s->claim.reused)
 			flow_delete(REVERSE, &s->reverse);
@@ -191,9 +191,36 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 		flow_delete(FORWARD, &s->flow);
 		return OUT_DROP_MAP_ERROR;
 	}
-	if (bits & FLOW_HOST && s->to.port == pkt->sport)
+	return OUT_CONTINUE;
+}
+
+/* Maps a new flow to a port of s->to's address and translates its first packet. bits: FLOW_HOST
+ * for the node's own, which no quota bounds. */
+static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch *s, __u8 bits)
+{
+	bool host = bits & FLOW_HOST;
+	enum outcome out = OUT_CONTINUE;
+	struct setting *set;
+	__u32 generation = 0;
+
+	set = policy_settings(&generation);
+	if (!set)
+		return OUT_DROP_NO_POLICY;
+	s->claim.heavy = 0;
+	if (!host)
+		out = quota_admit(skb);
+	if (out)
+		return out;
+	s->reverse = s->flow;
+	s->reverse.local = s->to.addr;
+	out = egress_claim(skb, s, set, bits);
+	if (out && !host)
+		quota_refuse(skb, out);
+	if (out)
+		return out;
+	if (host && s->to.port == s->packet.sport)
 		return OUT_PASS_HOST;
-	return egress_translate(skb, s, bits & FLOW_HOST ? OUT_MASQ_HOST : OUT_MASQ_NEW);
+	return egress_translate(skb, s, host ? OUT_MASQ_HOST : OUT_MASQ_NEW);
 }
 
 /* A packet of the node meets the reverse entry r of a mapping, whose inner socket is in s->owner.

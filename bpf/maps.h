@@ -37,6 +37,7 @@ struct tuple4 {
 #define FLOW_HOST 0x10 /* the inner socket is the node's own */
 #define FLOW_OUT 0x20 /* inbound table only: answered by the pod */
 #define FLOW_OUT_FIN 0x40 /* inbound table only: closed by the pod */
+#define FLOW_DEAD 0x80 /* reverse table only: for readers; what counts is the tag, see flow.h */
 
 struct flow {
 	__u32 seen; /* second of the monotonic clock of this direction's last packet */
@@ -195,9 +196,15 @@ struct setting {
 	__u32 unknown_protocols; /* enum unknown_protocols */
 	__u32 timeout[TIMERS]; /* seconds */
 	__u32 ports; /* in the pool */
+	__u32 privileged; /* of them, the first ones: those below 1024 */
+	__u32 max_flows; /* of one pod; 0: any number */
+	__u32 flow_interval; /* ns between new flows of one pod, on average; 0: any rate */
+	__u32 pad;
+	__u64 since; /* ns of the monotonic clock: what was refused earlier may be granted now */
 	__u32 routes; /* in the table of routes with a source; 0: it is not asked */
 	struct addr source[ROUTE_SOURCES]; /* of routes; the first is not used */
-	__u32 stride[STRIDES]; /* steps through the pool that visit every port; see claim.h */
+	/* Steps through the ports from 1024 on, and through those below, that visit each; see claim.h. */
+	__u32 stride[2][STRIDES];
 	__u64 in_pool[1024]; /* bit set of the pool */
 	__u64 guarded[1024]; /* of every pool there was: mappings outlive a change */
 	__u16 port[65536]; /* the pool, ascending */
@@ -259,6 +266,80 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } tunnels SEC(".maps");
 
+/* A source address that has mappings, or asked for one. */
+struct pod {
+	__u32 flows; /* signed: mappings. Counted where they are made and ended; the agent's walk recounts */
+	__u32 refused; /* new flows */
+	/* ns at which the bucket of new flows, and of ICMP errors, is full again */
+	__u64 flows_due, answers_due;
+};
+
+/* Written by the programs; the agent removes idle ones. Full: not counted (STAT_UNCOUNTED). */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, POD_ENTRIES);
+	__type(key, struct addr);
+	__type(value, struct pod);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} pods SEC(".maps");
+
+/* By enum family: how many mappings a pod may hold before it is refused the upper part of the
+ * pool, and before it is refused any; 0: no bound now. */
+struct share {
+	__u32 ports[2], flows[2];
+};
+
+/* Written by the agent's walk; without the agent its last word holds. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct share);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} shares SEC(".maps");
+
+/* What a pod was refused: a port towards a remote. */
+struct refused {
+	struct addr pod, remote;
+	__be16 rport;
+	__u8 proto;
+	__u8 privileged; /* the source port is below 1024 */
+};
+
+struct refusal {
+	__u64 at; /* ns */
+	__u32 outcome; /* enum outcome */
+	__u32 pad;
+};
+
+/* A cache, for REFUSAL_NS: evicted means searched again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, REFUSAL_ENTRIES);
+	__type(key, struct refused);
+	__type(value, struct refusal);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} refusals SEC(".maps");
+
+enum stat {
+	STAT_TRIES = 0, /* searches that ended within 1, 2, 4 ... 2048 and more candidates */
+	STAT_FAILED = 12, /* searches without a port */
+	STAT_REMEMBERED, /* refused without a search */
+	STAT_UNCOUNTED, /* new flows of pods that found no room in pods */
+	STAT_ANSWERED, /* ICMP errors to pods */
+	STAT_UNANSWERED, /* not sent for their rate, or because they could not be */
+	STATS,
+};
+
+/* By enum stat. Per CPU, never reset. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, STATS);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} stats SEC(".maps");
+
 enum pool {
 	POOL_PORTS, /* settings.port */
 	POOL_IDENTIFIERS, /* 0-65535 (ICMP) */
@@ -269,11 +350,14 @@ enum pool {
 /* A search for an external port; see claim.h. */
 struct claim {
 	__u32 start, stride, size;
+	__u32 base; /* of the pool's part, in settings.port */
+	__u32 limit; /* a heavy pod gets ports below it only */
+	__u32 tried; /* candidates */
 	__u32 outcome; /* enum outcome */
 	__u8 pool; /* enum pool */
 	__u8 bits; /* FLOW_* of the reverse entry */
 	__u8 reused; /* the reverse entry was ours already */
-	__u8 pad;
+	__u8 heavy; /* the pod holds more than its fair share */
 };
 
 /* What the stages hand to each other. In a map and not on the stack, because the verifier tracks

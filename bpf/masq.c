@@ -22,6 +22,7 @@
 #include "decide.h"
 #include "flow.h"
 #include "inbound.h"
+#include "quota.h"
 #include "claim.h"
 #include "rewrite.h"
 #include "quote.h"
@@ -118,6 +119,7 @@ struct go_types {
 	struct prefix prefix;
 	struct rule rule;
 	struct reap_record reap_record;
+	enum stat stat;
 } go_types SEC("go") = {};
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -44,6 +44,7 @@ enum outcome {
 	OUT_DROP_MAP_ERROR = 73,
 	OUT_DROP_REWRITE = 74,
 	OUT_DROP_NO_POLICY = 75,
+	OUT_DROP_RATE = 76,
 
 	OUT_SLOTS = 96,
 };

@@ -6,15 +6,16 @@
 #pragma once
 
 #include "inbound.h"
+#include "quota.h"
 
-enum reap_table { REAP_FORWARD = 0, REAP_REVERSE = 1, REAP_INBOUND = 2 };
+enum reap_table { REAP_FORWARD = 0, REAP_REVERSE = 1, REAP_INBOUND = 2, REAP_POD = 3 };
 
 struct reap_record {
 	struct tuple key;
 	__u8 table; /* enum reap_table */
 	__u8 force; /* delete whatever the timer says */
 	__u8 pad[2];
-	__u32 percent; /* of the timers; established TCP always has 100 */
+	__u32 percent; /* of the timers; established TCP always has 100. REAP_POD: what to add */
 };
 
 _Static_assert(sizeof(struct reap_record) == 48, "records follow each other without gaps");
@@ -70,6 +71,8 @@ static __always_inline int reap_forward(const struct reap_record *rec, const str
 	if (r)
 		flow_delete(REVERSE, &rev);
 	flow_delete(FORWARD, t);
+	if (!(bits & FLOW_HOST))
+		quota_return(&t->local);
 	return 1;
 }
 
@@ -111,6 +114,16 @@ static __always_inline int reap_inbound(const struct reap_record *rec, const str
 	return 1;
 }
 
+/* Corrects the count of a pod's mappings; what packets add meanwhile is not lost. */
+static __always_inline int reap_pod(const struct reap_record *rec)
+{
+	struct pod *pod = bpf_map_lookup_elem(&pods, &rec->key.local);
+
+	if (pod)
+		__sync_fetch_and_add(&pod->flows, rec->percent);
+	return 0;
+}
+
 /* Global, so that the verifier checks it once and not once a record. */
 __noinline int reap_record_at(struct __sk_buff *skb, __u32 offset)
 {
@@ -130,6 +143,8 @@ __noinline int reap_record_at(struct __sk_buff *skb, __u32 offset)
 		return reap_reverse(&rec, now_seconds());
 	case REAP_INBOUND:
 		return reap_inbound(&rec, set, now_seconds());
+	case REAP_POD:
+		return reap_pod(&rec);
 	}
 	return -1;
 }

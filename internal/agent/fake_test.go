@@ -181,7 +181,10 @@ func (k fakeInspector) Counts() ([]datapath.Count, error)           { return k.c
 func (k fakeInspector) Exclusions() ([]netip.Prefix, error)         { return k.exclusions, k.err }
 func (k fakeInspector) Attachments() ([]datapath.Attachment, error) { return k.attached, k.err }
 func (k fakeInspector) Usage() ([2]datapath.Usage, error)           { return k.usage, k.err }
-func (k fakeInspector) WorstPort() (datapath.PortUse, error)        { return k.worst, k.err }
-func (k fakeInspector) Applied() bool                               { return k.applied }
-func (k fakeInspector) Tier() string                                { return "tcx" }
-func (k fakeInspector) Close() error                                { return nil }
+func (k fakeInspector) PortSearches() (datapath.PortSearches, error) {
+	return datapath.PortSearches{Attempts: make([]uint64, 12)}, k.err
+}
+func (k fakeInspector) WorstPort() (datapath.PortUse, error) { return k.worst, k.err }
+func (k fakeInspector) Applied() bool                        { return k.applied }
+func (k fakeInspector) Tier() string                         { return "tcx" }
+func (k fakeInspector) Close() error                         { return nil }

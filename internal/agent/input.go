@@ -49,6 +49,8 @@ func assemble(cfg config.Config, f facts) wanted {
 		RouteSources:     sel.RouteSources,
 		Ports:            f.ports,
 		Timeouts:         cfg.Timeouts,
+		MaxPortsPerPod:   cfg.MaxPortsPerPod,
+		NewFlowsPerPod:   cfg.NewFlowsPerPod,
 	}
 	// What concerns a family that is off is not in force, so nobody lists it.
 	in.Sources = ofFamilies(sources, in.IPv4, in.IPv6)

@@ -329,7 +329,7 @@ func (l *loop) readPool() {
 	for _, p := range l.facts.network.TunnelPorts() {
 		taken = append(taken, config.PortRange{First: p, Last: p})
 	}
-	if pool := l.cfg.Ports(taken); len(pool) > 0 {
+	if pool := l.cfg.Ports(taken); config.Usable(pool) {
 		l.facts.ports, l.portsError = pool, ""
 		return
 	}

@@ -45,6 +45,8 @@ type PolicyFile struct {
 	RouteSources     []policy.RouteSource    `json:"routeSources,omitempty"`
 	Ports            string                  `json:"ports"` // ranges, for example "32768-65535"
 	Timeouts         policy.Timeouts         `json:"timeouts"`
+	MaxPortsPerPod   int                     `json:"maxPortsPerPod"`
+	NewFlowsPerPod   int                     `json:"newFlowsPerPod"`
 
 	IPMasqAgent IPMasqStatus `json:"ipMasqAgent"` // its Rules are NonMasq
 	NodesFile   NodesStatus  `json:"nodesFile"`
@@ -59,6 +61,7 @@ func newPolicyFile(w wanted) PolicyFile {
 		Nodes: in.Nodes, RemoteNodes: in.RemoteNodes, UnknownProtocols: in.UnknownProtocols,
 		HostAddrs: in.HostAddrs, Devices: w.selection.Devices, RouteSources: in.RouteSources,
 		Ports: portRanges(in.Ports), Timeouts: in.Timeouts,
+		MaxPortsPerPod: in.MaxPortsPerPod, NewFlowsPerPod: in.NewFlowsPerPod,
 	}
 }
 
@@ -74,6 +77,7 @@ func (f PolicyFile) Policy() (*policy.Policy, error) {
 		Pods: f.Pods, Nodes: f.Nodes, RemoteNodes: f.RemoteNodes, UnknownProtocols: f.UnknownProtocols,
 		Devices:      devices.Selection{Devices: f.Devices}.PolicyDevices(),
 		RouteSources: f.RouteSources, Ports: ports, Timeouts: f.Timeouts,
+		MaxPortsPerPod: f.MaxPortsPerPod, NewFlowsPerPod: f.NewFlowsPerPod,
 	})
 }
 

@@ -110,7 +110,6 @@ func configWarnings(cfg config.Config) []string {
 		name string
 	}{
 		{cfg.MetricsAddr != "", "prometheus-serve-addr"},
-		{cfg.MaxPortsPerPod > 0, "max-ports-per-pod"},
 		{cfg.TakeOver, "take-over"},
 	} {
 		if o.set {

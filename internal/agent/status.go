@@ -167,7 +167,9 @@ type PortsStatus struct {
 	Ranges string     `json:"ranges"` // for example "32768-65535"
 	Pool   int        `json:"pool"`   // number of ports in them
 	Worst  *WorstPort `json:"worst,omitempty"`
-	Error  string     `json:"error,omitempty"` // why these ports are in use although they should not be
+	// Searches is how the searches for ports went; absent without a data plane.
+	Searches *datapath.PortSearches `json:"searches,omitempty"`
+	Error    string                 `json:"error,omitempty"` // why these ports are in use although they should not be
 }
 
 // WorstPort is the remote towards which most external ports are taken.

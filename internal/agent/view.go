@@ -114,12 +114,17 @@ func (s *Status) read(k inspector) error {
 	if err != nil {
 		return fmt.Errorf("read port use: %w", err)
 	}
+	searches, err := k.PortSearches()
+	if err != nil {
+		return fmt.Errorf("read port searches: %w", err)
+	}
 	counts, err := k.Counts()
 	if err != nil {
 		return fmt.Errorf("read counters: %w", err)
 	}
 	s.Datapath = DatapathStatus{Present: true, Applied: k.Applied(), Tier: k.Tier()}
 	s.Flows = Flows{IPv4: usage[0], IPv6: usage[1]}
+	s.Ports.Searches = &searches
 	if worst.Used > 0 {
 		s.Ports.Worst = &WorstPort{worst.Proto, worst.Addr, worst.Remote, worst.Used, worst.Pool}
 	}

@@ -198,10 +198,22 @@ func flowRow(family string, u datapath.Usage) []string {
 	return []string{family, fmt.Sprintf("%d/%d", u.Flows, u.Limit), fmt.Sprintf("from outside %d/%d", u.Inbound, u.InboundLimit)}
 }
 
+// portText is about external ports. Searches that found one are of no interest until
+// there are others.
 func portText(p agent.PortsStatus) string {
 	text := columns(cmp.Or(p.Ranges, "-"), plural(p.Pool, "port"))
 	if w := p.Worst; w != nil {
 		text += fmt.Sprintf("\nworst remote: %s %s   %d/%d used by %s", protoName(w.Proto), w.Remote, w.Used, w.Pool, w.Address)
+	}
+	if s := p.Searches; s != nil && s.Failures+s.Remembered > 0 {
+		found := uint64(0)
+		for _, n := range s.Attempts {
+			found += n
+		}
+		text += fmt.Sprintf("\nsearches: %d found a port, %d did not, %d not repeated within a second", found, s.Failures, s.Remembered)
+	}
+	if s := p.Searches; s != nil && s.Uncounted > 0 {
+		text += fmt.Sprintf("\nwithout a quota: %d connections of more source addresses than are counted", s.Uncounted)
 	}
 	return text
 }

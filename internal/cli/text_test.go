@@ -132,9 +132,10 @@ func healthy() agent.Status {
 		IPMasqAgent: agent.IPMasqStatus{Enabled: true, Path: "/etc/config/ip-masq-agent", Profile: "cilium", State: "list", InForce: agent.FromFile,
 			Files: []string{"/etc/config/ip-masq-agent"}, Prefixes: 2, LastReload: at,
 			Rules: append(rules("file /etc/config/ip-masq-agent", "172.16.0.0/12"), rules("default", "169.254.0.0/16")...)},
-		Nodes:    agent.NodesStatus{Known: 2, Addresses: 3, File: "/etc/bauta/nodes"},
-		Flows:    agent.Flows{IPv4: datapath.Usage{Flows: 12, Limit: 65536, Inbound: 1, InboundLimit: 16384}, IPv6: datapath.Usage{Limit: 65536, InboundLimit: 16384}},
-		Ports:    agent.PortsStatus{Ranges: "32768-65535", Pool: 32768, Worst: &agent.WorstPort{Proto: 6, Address: netip.MustParseAddr("10.0.2.15"), Remote: ap("1.1.1.1:443"), Used: 7, Pool: 32768}},
+		Nodes: agent.NodesStatus{Known: 2, Addresses: 3, File: "/etc/bauta/nodes"},
+		Flows: agent.Flows{IPv4: datapath.Usage{Flows: 12, Limit: 65536, Inbound: 1, InboundLimit: 16384}, IPv6: datapath.Usage{Limit: 65536, InboundLimit: 16384}},
+		Ports: agent.PortsStatus{Ranges: "32768-65535", Pool: 32768, Worst: &agent.WorstPort{Proto: 6, Address: netip.MustParseAddr("10.0.2.15"), Remote: ap("1.1.1.1:443"), Used: 7, Pool: 32768},
+			Searches: &datapath.PortSearches{Attempts: []uint64{40, 2, 0, 1}, Failures: 3, Remembered: 500, Uncounted: 9}},
 		Drops:    map[string]uint64{"drop-stray": 12, "drop-no-port": 3},
 		Warnings: []string{"device eth1: cil_to_netdev sees leaving packets before Bauta"},
 	}

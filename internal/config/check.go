@@ -43,9 +43,9 @@ func (c *Config) checkPorts() error {
 			}
 		}
 	}
-	if len(c.Ports(nil)) == 0 {
+	if !Usable(c.Ports(nil)) {
 		return &Error{
-			Msg:   fmt.Sprintf("%s: no port is left without %s", snat, c.describe("reserved-ports")),
+			Msg:   fmt.Sprintf("%s: no port from 1024 on is left without %s", snat, c.describe("reserved-ports")),
 			Hints: []string{"widen snat-port-range or shorten reserved-ports"},
 		}
 	}

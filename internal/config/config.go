@@ -38,6 +38,7 @@ type Config struct {
 	SNATPorts, NodePorts, ReservedPorts []PortRange // sorted, not overlapping
 
 	MaxPortsPerPod int    // 0: no limit
+	NewFlowsPerPod int    // a second; 0: no limit
 	MaxFlows       uint32 // a power of two; 0: sized from memory, see Flows
 	Timeouts       policy.Timeouts
 

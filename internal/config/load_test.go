@@ -39,6 +39,7 @@ var samples = map[string]string{
 	"node-port-range":                   "30000-31000",
 	"reserved-ports":                    "8080,50000-50010",
 	"max-ports-per-pod":                 "1000",
+	"max-new-flows-per-pod":             "100",
 	"bpf-nat-global-max":                "65536",
 	"nat-timeout-tcp-syn":               "1s",
 	"nat-timeout-tcp-established":       "2s",

@@ -108,6 +108,12 @@ func setNodePorts(c *Config, s setting) (err error) {
 	return err
 }
 
+// Usable tells whether every source finds ports in a pool: those below 1024 are
+// for privileged sources only.
+func Usable(pool []uint16) bool {
+	return len(pool) > 0 && pool[len(pool)-1] >= 1024
+}
+
 // Ports returns the external ports for mappings, ascending: snat-port-range
 // without node-port-range, reserved-ports and extra (ip_local_reserved_ports).
 func (c Config) Ports(extra []PortRange) []uint16 {

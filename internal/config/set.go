@@ -117,16 +117,21 @@ func conflict(a, b setting) error {
 	}
 }
 
-func setMaxPortsPerPod(c *Config, s setting) error {
-	n, err := s.int()
-	if err != nil {
-		return err
+// setLimit reads a number of things of which 0 is no limit.
+func setLimit(what string, most int, field func(*Config) *int) func(*Config, setting) error {
+	return func(c *Config, s setting) error {
+		n, err := s.int()
+		switch {
+		case err != nil:
+			return err
+		case n < 0:
+			return s.refuse("below zero", "write 0 for no limit, or the number of "+what)
+		case n > most:
+			return s.refuse(fmt.Sprintf("above %d", most), "write 0 for no limit, or the number of "+what)
+		}
+		*field(c) = n
+		return nil
 	}
-	if n < 0 {
-		return s.refuse("below zero", "write 0 for no limit, or the number of mappings")
-	}
-	c.MaxPortsPerPod = n
-	return nil
 }
 
 // setMaxFlows rounds up to a power of two, as the kernel's hash tables do anyway.

@@ -110,32 +110,39 @@ func (t flowTables) allInbound() iter.Seq2[flowEntry, error] {
 
 const walkBatch = 4096
 
-// walk reads a whole hash table in batches. Packets go on changing it: an entry
-// that is new may be missed.
+// walk reads a whole flow table.
 func walk[K, V any](m *ebpf.Map, entry func(K, V) flowEntry) iter.Seq2[flowEntry, error] {
 	return func(yield func(flowEntry, error) bool) {
-		var cursor ebpf.MapBatchCursor
-		size := min(walkBatch, int(m.MaxEntries()))
-		keys, values := make([]K, size), make([]V, size)
-		for {
-			n, err := m.BatchLookup(&cursor, keys, values, nil)
-			// The next bucket holds more than the buffer: the same again with a larger one.
-			if errors.Is(err, unix.ENOSPC) && len(keys) < int(m.MaxEntries()) {
-				keys, values = make([]K, 4*len(keys)), make([]V, 4*len(values))
-				continue
+		err := eachEntry(m, func(k K, v V) bool { return yield(entry(k, v), nil) })
+		if err != nil {
+			yield(flowEntry{}, fmt.Errorf("read flow table: %w", err))
+		}
+	}
+}
+
+// eachEntry reads a whole hash table in batches, until visit has enough. Packets go
+// on changing it: an entry that is new may be missed.
+func eachEntry[K, V any](m *ebpf.Map, visit func(K, V) bool) error {
+	var cursor ebpf.MapBatchCursor
+	size := min(walkBatch, int(m.MaxEntries()))
+	keys, values := make([]K, size), make([]V, size)
+	for {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		// The next bucket holds more than the buffer: the same again with a larger one.
+		if errors.Is(err, unix.ENOSPC) && len(keys) < int(m.MaxEntries()) {
+			keys, values = make([]K, 4*len(keys)), make([]V, 4*len(values))
+			continue
+		}
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
+		for i := range n {
+			if !visit(keys[i], values[i]) {
+				return nil
 			}
-			if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				yield(flowEntry{}, fmt.Errorf("read flow table: %w", err))
-				return
-			}
-			for i := range n {
-				if !yield(entry(keys[i], values[i]), nil) {
-					return
-				}
-			}
-			if err != nil {
-				return // the end
-			}
+		}
+		if err != nil {
+			return nil // the end
 		}
 	}
 }

@@ -27,7 +27,7 @@ var ErrNone = errors.New("no data plane")
 // Inspect opens the pinned objects below root. ErrNone: there are none.
 func Inspect(root string) (*Inspector, error) {
 	i := &Inspector{root: root, maps: make(map[string]*ebpf.Map)}
-	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices,
+	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices, pinStats, pinRefusals,
 		pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6} {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(root, name), nil)
 		if err != nil {
@@ -236,7 +236,29 @@ func (i *Inspector) Flush(f Filter) (int, error) {
 			return r.removed, err
 		}
 	}
-	return r.removed, nil
+	return r.removed, i.forgetRefusals()
+}
+
+// forgetRefusals lets everybody search again: there are free ports now.
+func (i *Inspector) forgetRefusals() error {
+	m := i.maps[pinRefusals]
+	var keys []masqRefused
+	err := eachEntry(m, func(k masqRefused, _ masqRefusal) bool {
+		keys = append(keys, k)
+		return true
+	})
+	for _, k := range keys {
+		if err == nil {
+			err = m.Delete(k)
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) { // evicted meanwhile
+			err = nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("forget refusals: %w", err)
+	}
+	return nil
 }
 
 func (t flowTables) flush(r *reaper, f Filter) error {

@@ -125,8 +125,17 @@ const (
 	masqOutcomeOUT_DROP_MAP_ERROR    masqOutcome = 73
 	masqOutcomeOUT_DROP_REWRITE      masqOutcome = 74
 	masqOutcomeOUT_DROP_NO_POLICY    masqOutcome = 75
+	masqOutcomeOUT_DROP_RATE         masqOutcome = 76
 	masqOutcomeOUT_SLOTS             masqOutcome = 96
 )
+
+type masqPod struct {
+	_          structs.HostLayout
+	Flows      uint32
+	Refused    uint32
+	FlowsDue   uint64
+	AnswersDue uint64
+}
 
 type masqPrefix struct {
 	_      structs.HostLayout
@@ -141,6 +150,22 @@ type masqReapRecord struct {
 	Force   uint8
 	Pad     [2]uint8
 	Percent uint32
+}
+
+type masqRefusal struct {
+	_       structs.HostLayout
+	At      uint64
+	Outcome uint32
+	Pad     uint32
+}
+
+type masqRefused struct {
+	_          structs.HostLayout
+	Pod        masqAddr
+	Remote     masqAddr
+	Rport      uint16
+	Proto      uint8
+	Privileged uint8
 }
 
 type masqRule struct {
@@ -219,13 +244,15 @@ type masqScratch struct {
 		Start   uint32
 		Stride  uint32
 		Size    uint32
+		Base    uint32
+		Limit   uint32
+		Tried   uint32
 		Outcome uint32
 		Pool    uint8
 		Bits    uint8
 		Reused  uint8
-		Pad     uint8
+		Heavy   uint8
 	}
-	_     [4]byte
 	Entry struct {
 		_    structs.HostLayout
 		Flow masqFlow
@@ -242,13 +269,38 @@ type masqSetting struct {
 	UnknownProtocols uint32
 	Timeout          [7]uint32
 	Ports            uint32
+	Privileged       uint32
+	MaxFlows         uint32
+	FlowInterval     uint32
+	Pad              uint32
+	_                [4]byte
+	Since            uint64
 	Routes           uint32
 	Source           [256]masqAddr
-	Stride           [64]uint32
+	Stride           [2][64]uint32
+	_                [4]byte
 	InPool           [1024]uint64
 	Guarded          [1024]uint64
 	Port             [65536]uint16
 }
+
+type masqShare struct {
+	_     structs.HostLayout
+	Ports [2]uint32
+	Flows [2]uint32
+}
+
+type masqStat uint32
+
+const (
+	masqStatSTAT_TRIES      masqStat = 0
+	masqStatSTAT_FAILED     masqStat = 12
+	masqStatSTAT_REMEMBERED masqStat = 13
+	masqStatSTAT_UNCOUNTED  masqStat = 14
+	masqStatSTAT_ANSWERED   masqStat = 15
+	masqStatSTAT_UNANSWERED masqStat = 16
+	masqStatSTATS           masqStat = 17
+)
 
 type masqState struct {
 	_          structs.HostLayout
@@ -300,11 +352,15 @@ const (
 	masqMapFragments     = "fragments"
 	masqMapInbound4      = "inbound4"
 	masqMapInbound6      = "inbound6"
+	masqMapPods          = "pods"
 	masqMapPolicies      = "policies"
+	masqMapRefusals      = "refusals"
 	masqMapReverse4      = "reverse4"
 	masqMapReverse6      = "reverse6"
 	masqMapScratch       = "scratch"
 	masqMapSettings      = "settings"
+	masqMapShares        = "shares"
+	masqMapStats         = "stats"
 	masqMapTunnels       = "tunnels"
 	masqProgEgressEther  = "egress_ether"
 	masqProgEgressRaw    = "egress_raw"
@@ -376,11 +432,15 @@ type masqMapSpecs struct {
 	Fragments *ebpf.MapSpec `ebpf:"fragments"`
 	Inbound4  *ebpf.MapSpec `ebpf:"inbound4"`
 	Inbound6  *ebpf.MapSpec `ebpf:"inbound6"`
+	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Policies  *ebpf.MapSpec `ebpf:"policies"`
+	Refusals  *ebpf.MapSpec `ebpf:"refusals"`
 	Reverse4  *ebpf.MapSpec `ebpf:"reverse4"`
 	Reverse6  *ebpf.MapSpec `ebpf:"reverse6"`
 	Scratch   *ebpf.MapSpec `ebpf:"scratch"`
 	Settings  *ebpf.MapSpec `ebpf:"settings"`
+	Shares    *ebpf.MapSpec `ebpf:"shares"`
+	Stats     *ebpf.MapSpec `ebpf:"stats"`
 	Tunnels   *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
@@ -420,11 +480,15 @@ type masqMaps struct {
 	Fragments *ebpf.Map `ebpf:"fragments"`
 	Inbound4  *ebpf.Map `ebpf:"inbound4"`
 	Inbound6  *ebpf.Map `ebpf:"inbound6"`
+	Pods      *ebpf.Map `ebpf:"pods"`
 	Policies  *ebpf.Map `ebpf:"policies"`
+	Refusals  *ebpf.Map `ebpf:"refusals"`
 	Reverse4  *ebpf.Map `ebpf:"reverse4"`
 	Reverse6  *ebpf.Map `ebpf:"reverse6"`
 	Scratch   *ebpf.Map `ebpf:"scratch"`
 	Settings  *ebpf.Map `ebpf:"settings"`
+	Shares    *ebpf.Map `ebpf:"shares"`
+	Stats     *ebpf.Map `ebpf:"stats"`
 	Tunnels   *ebpf.Map `ebpf:"tunnels"`
 }
 
@@ -439,11 +503,15 @@ func (m *masqMaps) Close() error {
 		m.Fragments,
 		m.Inbound4,
 		m.Inbound6,
+		m.Pods,
 		m.Policies,
+		m.Refusals,
 		m.Reverse4,
 		m.Reverse6,
 		m.Scratch,
 		m.Settings,
+		m.Shares,
+		m.Stats,
 		m.Tunnels,
 	)
 }

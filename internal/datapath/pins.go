@@ -26,13 +26,18 @@ const (
 	pinSettings  = "settings"
 	pinCounters  = "counters"
 	pinDevices   = "devices"
+	pinPods      = "pods"
+	pinShares    = "shares"
+	pinRefusals  = "refusals"
+	pinStats     = "stats"
 	pinReap      = "reap"
 	pinTunnels   = "tunnels"
 )
 
 var fixedPins = []string{
 	pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6, pinFragments,
-	pinPolicies, pinControl, pinSettings, pinCounters, pinDevices, pinReap, pinTunnels,
+	pinPolicies, pinControl, pinSettings, pinCounters, pinDevices,
+	pinPods, pinShares, pinRefusals, pinStats, pinReap, pinTunnels,
 }
 
 // newSuffix marks a pin that is about to take the place of another one.

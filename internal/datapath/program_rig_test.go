@@ -109,6 +109,11 @@ func runPrograms(t *testing.T, r *rig) {
 		{"Reopens", testReopens},
 		{"StackedDevices", testStackedDevices},
 		{"CountsSegments", testCountsSegments},
+		{"QuotaHardLimit", testQuotaHardLimit},
+		{"QuotaRate", testQuotaRate},
+		{"QuotaShare", testQuotaShare},
+		{"QuotaRefusalRemembered", testQuotaRefusalRemembered},
+		{"PortClass", testPortClass},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, r.on(t)) })
 	}
@@ -197,7 +202,7 @@ func (r *rig) reapply(in policy.Input) *policy.Policy {
 func (r *rig) clear() {
 	r.t.Helper()
 	o := &r.d.objs
-	for _, m := range []*ebpf.Map{o.Forward4, o.Forward6, o.Reverse4, o.Reverse6, o.Inbound4, o.Inbound6, o.Fragments} {
+	for _, m := range []*ebpf.Map{o.Forward4, o.Forward6, o.Reverse4, o.Reverse6, o.Inbound4, o.Inbound6, o.Fragments, o.Pods, o.Refusals} {
 		r.wipe(m)
 	}
 }

@@ -13,6 +13,7 @@ const (
 	reapForward uint8 = iota
 	reapReverse
 	reapInbound
+	reapPod
 )
 
 const (

@@ -23,7 +23,17 @@ func routeSources(p *policy.Policy) []netip.Addr {
 
 func renderSetting(p *policy.Policy) (*masqSetting, error) {
 	in := p.Input()
-	s := &masqSetting{Ports: uint32(len(in.Ports)), Routes: uint32(len(p.RouteSources()))}
+	now, err := monotonic()
+	if err != nil {
+		return nil, err
+	}
+	s := &masqSetting{
+		Ports: uint32(len(in.Ports)), Privileged: uint32(privileged(in.Ports)), Routes: uint32(len(p.RouteSources())),
+		MaxFlows: uint32(in.MaxPortsPerPod), Since: uint64(now),
+	}
+	if n := in.NewFlowsPerPod; n > 0 {
+		s.FlowInterval = uint32(time.Second / time.Duration(n))
+	}
 	sources := routeSources(p)
 	if len(sources) >= len(s.Source) {
 		return nil, fmt.Errorf("routes: %d different source addresses, the limit is %d", len(sources), len(s.Source)-1)
@@ -47,8 +57,16 @@ func renderSetting(p *policy.Policy) (*masqSetting, error) {
 	for _, port := range in.Ports {
 		s.InPool[port/64] |= 1 << (port % 64)
 	}
-	s.Stride = strides(len(in.Ports))
+	s.Stride[0] = strides(len(in.Ports) - privileged(in.Ports))
+	s.Stride[1] = strides(privileged(in.Ports))
 	return s, nil
+}
+
+// privileged counts the ports below 1024. They come first in a pool, and are for
+// sources below 1024 alone.
+func privileged(pool []uint16) int {
+	n, _ := slices.BinarySearch(pool, 1024)
+	return n
 }
 
 // renderTimers gives seconds in the order of enum timer.

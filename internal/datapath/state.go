@@ -78,11 +78,17 @@ func (d *Datapath) startLearning() error {
 	return d.setState(st)
 }
 
-// monotonicSeconds is the clock of the flow tables.
-func monotonicSeconds() (uint32, error) {
+// monotonic is the clock of the data plane, since some moment.
+func monotonic() (time.Duration, error) {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
 		return 0, fmt.Errorf("read the monotonic clock: %w", err)
 	}
-	return uint32(ts.Sec), nil
+	return time.Duration(ts.Nano()), nil
+}
+
+// monotonicSeconds is the clock of the flow tables.
+func monotonicSeconds() (uint32, error) {
+	now, err := monotonic()
+	return uint32(now / time.Second), err
 }

@@ -39,13 +39,14 @@ type sweeper struct {
 
 	walking sync.Mutex    // around what follows
 	tables  [2]flowTables // IPv4, IPv6
-	last    [2]Usage      // of the previous walk: the kernel keeps no count of a preallocated table
-	seed    uint64        // of the next orphan filter
+	quota   quota
+	last    [2]Usage // of the previous walk: the kernel keeps no count of a preallocated table
+	seed    uint64   // of the next orphan filter
 }
 
 func newSweeper(objs *objects) *sweeper {
 	return &sweeper{
-		prog: objs.Reap,
+		prog: objs.Reap, quota: quota{pods: objs.Pods, shares: objs.Shares},
 		tables: [2]flowTables{
 			{objs.Forward4, objs.Reverse4, objs.Inbound4, true},
 			{objs.Forward6, objs.Reverse6, objs.Inbound6, false},
@@ -134,10 +135,13 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 		return out, err
 	}
 	ports := newPortTally(facts.pool)
+	if err := s.quota.begin(); err != nil {
+		return out, err
+	}
 	out.generation, out.oldest = facts.generation, now+math.MaxInt32/2 // none
 	for i, t := range s.tables {
 		w := walker{
-			facts: &s.facts, timers: facts.timers, ctx: ctx, now: now, tables: t, ports: ports, oldest: &out.oldest,
+			facts: &s.facts, timers: facts.timers, ctx: ctx, now: now, tables: t, ports: ports, quota: &s.quota, oldest: &out.oldest,
 			paired:  newPairFilter(s.last[i].Flows, s.seed),
 			expired: reaper{prog: s.prog}, vanished: reaper{prog: s.prog}, orphans: reaper{prog: s.prog},
 			percent:        pressure(s.last[i].Flows, int(t.forward.MaxEntries())),
@@ -153,6 +157,7 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 			return out, err
 		}
 	}
+	err = s.quota.settle(ctx, s.prog, facts.pool, out.Usage)
 	out.Worst, out.Took = ports.worst(), time.Since(start)
-	return out, nil
+	return out, err
 }

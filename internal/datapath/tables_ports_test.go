@@ -185,11 +185,21 @@ func parallel(t testing.TB, b *bench, n int, f func(thread int) error) {
 	}
 }
 
-// A pool of up to 2048 ports can be handed out completely towards one remote.
+// ofOnePod gives all flows the source address of the first, and ports of their own.
+func ofOnePod(flow func(int) packet.Packet) func(int) packet.Packet {
+	return func(i int) packet.Packet {
+		p := flow(0)
+		p.SrcPort += uint16(i)
+		return p
+	}
+}
+
+// A pool of up to 2048 ports can be handed out completely towards one remote, to a
+// pod that is alone.
 func TestPortsSmallPoolsCompletely(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 4096})
-	for i, flow := range []func(int) packet.Packet{tcpFlow, tcpFlow6} {
+	for i, flow := range []func(int) packet.Packet{ofOnePod(tcpFlow), ofOnePod(tcpFlow6)} {
 		for _, size := range []int{1, 2, 3, 1000, 2047, 2048} {
 			pool := ports(40000, size)
 			b.apply(loopPolicy(pool))

@@ -23,6 +23,7 @@ type walker struct {
 
 	usage          Usage
 	ports          *portTally
+	quota          *quota
 	oldest         *uint32
 	paired         pairFilter
 	expired        reaper
@@ -87,6 +88,7 @@ func (w *walker) forward(e flowEntry) error {
 		w.usage.Foreign++
 	}
 	w.ports.add(e)
+	w.quota.add(e)
 	w.paired.add(e.reverseKey())
 	rec := masqReapRecord{Key: e.key.tuple(), Table: reapForward, Percent: w.percent}
 	// After the entry was read: Apply makes an address known before it is used.

@@ -45,6 +45,7 @@ const (
 	DropMapError  Outcome = 73
 	DropRewrite   Outcome = 74
 	DropNoPolicy  Outcome = 75
+	DropRate      Outcome = 76
 
 	// OutcomeSlots is the size of a table indexed by Outcome.
 	OutcomeSlots = 96
@@ -103,7 +104,7 @@ var outcomes = []OutcomeInfo{
 	{DropNoPort, "drop-no-port", "no free external port towards this remote", "widen snat-port-range; see status for the worst remote"},
 	{DropNoAddress, "drop-no-address", "the node has no address to masquerade with in this family", "give the device a global address"},
 	{DropTableFull, "drop-table-full", "the flow table is full", "raise bpf-nat-global-max"},
-	{DropQuota, "drop-quota", "the pod holds its share of ports", "raise max-ports-per-pod"},
+	{DropQuota, "drop-quota", "the pod holds max-ports-per-pod mappings, or more than its share while others need theirs", "see what the pod does; raise max-ports-per-pod, widen snat-port-range, raise bpf-nat-global-max"},
 	{DropProtocol, "drop-protocol", "this protocol cannot be masqueraded to this remote now", "one inner host per protocol and remote; see unknown-protocols"},
 	{DropFragment, "drop-fragment", "fragment without its first fragment, a first fragment too short, or one of SCTP whose port would have to change", "avoid fragmentation, or fix the path MTU"},
 	{DropStray, "drop-stray", "RST, FIN, SYN+ACK, their like in SCTP, reply or error of an unknown connection", ""},
@@ -111,6 +112,7 @@ var outcomes = []OutcomeInfo{
 	{DropMapError, "drop-map-error", "the kernel refused a table update", "look for memory pressure on the node"},
 	{DropRewrite, "drop-rewrite", "the kernel refused to rewrite the packet", "look for memory pressure on the node"},
 	{DropNoPolicy, "drop-no-policy", "the data plane has no policy", "restart the agent; report this as a bug"},
+	{DropRate, "drop-rate", "the pod opens new connections faster than one pod may", "see what the pod does; raise max-new-flows-per-pod"},
 }
 
 // Outcomes returns every outcome with its documentation, by number.

@@ -135,6 +135,8 @@ type Input struct {
 	RouteSources     []RouteSource // zero: the device's address everywhere
 	Ports            []uint16      // the external ports, ascending
 	Timeouts         Timeouts
+	MaxPortsPerPod   int // mappings of one source address; zero: any number
+	NewFlowsPerPod   int // a second; zero: any number
 }
 
 // Policy is an immutable, checked Input with its rendering for look-ups.
