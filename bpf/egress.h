@@ -245,6 +245,24 @@ static __always_inline enum outcome egress_meets(struct __sk_buff *skb, struct s
 	return OUT_CONTINUE;
 }
 
+/* Does the node's stack refuse a segment that it has no socket for? At an address and port that
+ * pods share, the segment may be one of a pod's connection whose mapping was lost: a reset would
+ * end what the pod's next packet heals (kubernetes issue 74839 is the same with conntrack). A reset
+ * with ACK answers a SYN, or is a socket's own. */
+static __noinline bool egress_resets_stray(struct __sk_buff *skb, const struct scratch *s)
+{
+	const struct packet *pkt = &s->packet;
+	__u32 ifindex = skb->ifindex;
+	struct device *dev;
+
+	if (pkt->proto != IPPROTO_TCP ||
+	    (pkt->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) != TCP_RST)
+		return false;
+	dev = bpf_map_lookup_elem(&devices, &ifindex);
+	return dev && addr_equal(&dev->addr[pkt->family & 1], &pkt->src) &&
+	       !claim_node_owns(skb, &s->flow);
+}
+
 /* A packet of the node. Whoever came first keeps a tuple: if a mapping has it, the node's flow
  * gets a mapping and with it another port. Sockets can be looked up, so what one of them sends
  * needs no entry. Everything else is claimed as it is used: ICMP queries, protocols without ports,
@@ -269,7 +287,7 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 	if (pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
 		return pass;
 	if (claim_can_ask(pkt->proto) && !skb->ingress_ifindex)
-		return pass;
+		return egress_resets_stray(skb, s) ? OUT_DROP_STRAY : pass;
 	/* Towards an excluded destination no mapping can be in the way. */
 	return inbound_exempt(generation, &pkt->dst) ? pass : OUT_CONTINUE;
 }

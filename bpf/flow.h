@@ -159,12 +159,13 @@ static __always_inline __u8 flow_bits(__u8 bits, const struct packet *pkt)
 }
 
 /* Notes a packet of this direction. Plain additions: one flow's packets of one direction
- * arrive on one CPU; if they do not, a count may be lost, nothing else. */
+ * arrive on one CPU; if they do not, a count may be lost, nothing else. Of RSTs in a row only the
+ * first, which starts the closing timer, keeps the mapping (RFC 7857 section 7). */
 static __always_inline void flow_touch(struct flow *f, const struct packet *pkt, __u32 now)
 {
 	__u8 bits = flow_bits(f->bits, pkt);
 
-	if (f->seen != now)
+	if (f->seen != now && !(f->bits & bits & FLOW_RST))
 		f->seen = now;
 	if (f->bits != bits)
 		f->bits = bits;

@@ -35,7 +35,7 @@ func testHost(t *testing.T, r *rig) {
 				t.Errorf("%s: %d mappings", k.name, n)
 			}
 		}
-		for _, flags := range []uint8{packet.RST, packet.FIN, packet.SYN | packet.ACK} {
+		for _, flags := range []uint8{packet.RST | packet.ACK, packet.FIN, packet.SYN | packet.ACK} {
 			r.expect(egress, f.tcp(flags).From(f.node, keptPort), policy.PassHost)
 		}
 	})

@@ -200,6 +200,7 @@ func TestSweep(t *testing.T) {
 	b := newBench(t, labtest.NewNS(t), Options{})
 	for name, story := range map[string]func(*testing.T, *bench){
 		"clock": sweepClock, "orphans": sweepOrphans, "vanished address": sweepVanishedAddress, "while flows go on": sweepWhileFlowsGoOn,
+		"refresh": sweepRefresh,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b.t = t
