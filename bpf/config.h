@@ -17,6 +17,12 @@ volatile const __u8 have_csum_ipv6 = 0;
 /* Seconds the first fragment speaks for the later ones. An IPv4 ID wraps in 6.5 s at 10,000
  * fragmented datagrams a second to one peer. */
 #define FRAGMENT_SECONDS 5
+/* Later fragments held at once until their first comes, the place a datagram has among them (65,535
+ * bytes are 54 fragments at IPv6's least MTU), the largest that is held, and for how many seconds. */
+#define HELD_ENTRIES 512
+#define HELD_WINDOW 64
+#define HELD_BYTES 2048
+#define HELD_SECONDS 2
 /* Prefixes in one policy table: 65536 a family of the ip-masq-agent list, nodes and the rest. */
 #define POLICY_ENTRIES 262144
 #define DEVICE_ENTRIES 1024

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* Fragments: the first one has the ports and is told what to do; it leaves a note for the later
- * ones, which have none. Fragments in order are translated; one that comes before its first is
- * dropped at egress (fail closed) and left to the node at ingress.
+ * ones, which have none. One that comes before its first is dropped at egress (fail closed; what
+ * leaves was cut to pieces by a kernel just now, in order) and held at ingress; see hold.h.
  */
 #pragma once
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* What arrives: packets of a mapping go back to their inner socket, connections opened from
- * outside are remembered. Nothing is ever dropped here but a packet that could not be rewritten:
- * whatever belongs to no mapping is the node's affair.
+ * outside are remembered. Nothing is ever dropped here but a packet that could not be rewritten
+ * and a fragment that waited in vain: whatever belongs to no mapping is the node's affair.
  */
 #pragma once
 
-#include "fragment.h"
+#include "hold.h"
 #include "inbound.h"
 #include "quote.h"
 
@@ -41,21 +41,16 @@ static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct 
 	/* The node would answer it with an ABORT. */
 	if (port_is_fixed(pkt) && s->to.port != pkt->dport)
 		return OUT_DROP_FRAGMENT;
-	if (pkt->first_fragment)
-		fragment_note(pkt, INGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
 	if (rewrite(skb, pkt, DESTINATION, &s->to))
 		return OUT_DROP_REWRITE;
 	return host ? OUT_MASQ_HOST : OUT_MASQ_KNOWN;
 }
 
-static __always_inline enum outcome ingress(struct __sk_buff *skb, struct scratch *s)
+static __always_inline enum outcome ingress_whole(struct __sk_buff *skb, struct scratch *s)
 {
 	struct packet *pkt = &s->packet;
 	struct flow *f;
-	enum outcome out;
 
-	if (pkt->kind == KIND_LATER)
-		return fragment_follow(skb, pkt, INGRESS) ?: OUT_PASS_NO_MAPPING;
 	if (pkt->defect || pkt->kind == KIND_CONTROL)
 		return OUT_PASS_NO_MAPPING;
 	if (pkt->kind == KIND_ERROR)
@@ -65,8 +60,16 @@ static __always_inline enum outcome ingress(struct __sk_buff *skb, struct scratc
 	f = pkt->kind == KIND_QUERY ? NULL : flow_find(REVERSE, &s->flow, &s->to);
 	if (f)
 		return ingress_known(skb, s, f);
-	out = inbound_arrives(&s->flow, pkt);
-	if (out == OUT_PASS_INBOUND && pkt->first_fragment)
-		fragment_note(pkt, INGRESS, &pkt->dst, OUT_PASS_INBOUND);
-	return out;
+	return inbound_arrives(&s->flow, pkt);
+}
+
+static __always_inline enum outcome ingress(struct __sk_buff *skb, struct scratch *s)
+{
+	struct packet *pkt = &s->packet;
+	enum outcome out;
+
+	if (pkt->kind == KIND_LATER)
+		return fragment_follow(skb, pkt, INGRESS) ?: hold_later(skb, s);
+	out = ingress_whole(skb, s);
+	return pkt->first_fragment ? hold_first(skb, s, out) : out;
 }

@@ -126,6 +126,38 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } fragments SEC(".maps");
 
+/* A place for a later fragment that came before its first; see hold.h. */
+struct held {
+	struct bpf_spin_lock lock;
+	__u32 called; /* second in which a datagram whose window begins here was last waited for */
+	__u32 since; /* second in which the place was taken; 0: free */
+	__u32 bytes; /* from the IP header on; 0: being written or read */
+	struct datagram datagram;
+	__u8 data[HELD_BYTES];
+};
+
+/* 1 MB, both families. Written and read at ingress. Full, for HELD_SECONDS at most:
+ * OUT_PASS_FRAGMENT. Not pinned: a new program begins with an empty one. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, HELD_ENTRIES);
+	__type(key, __u32);
+	__type(value, struct held);
+} held SEC(".maps");
+
+/* The first fragment itself, or its beginning, while its packet carries the held ones. */
+struct carried {
+	__u32 bytes;
+	__u8 data[HELD_BYTES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct carried);
+} carried SEC(".maps");
+
 struct prefix {
 	__u32 length; /* bits, of the v4-mapped address */
 	struct addr addr;
@@ -376,6 +408,7 @@ struct scratch {
 	struct endpoint owner; /* what a reverse entry says */
 	struct claim claim;
 	union flow_entry entry; /* what flow_add() inserts */
+	struct datagram datagram; /* of the fragment at hand, at ingress */
 	__u64 tick; /* outlive the packet: see now_seconds() */
 	__u32 second;
 };

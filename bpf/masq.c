@@ -21,12 +21,14 @@
 #include "parse.h"
 #include "decide.h"
 #include "flow.h"
+#include "count.h"
 #include "inbound.h"
 #include "quota.h"
 #include "claim.h"
 #include "rewrite.h"
 #include "quote.h"
 #include "fragment.h"
+#include "hold.h"
 #include "egress.h"
 #include "ingress.h"
 #include "reap.h"
@@ -36,14 +38,8 @@
 static __always_inline int finish(const struct packet *pkt, enum direction direction,
 				  enum outcome out)
 {
-	__u32 slot = (out * 2 + direction) * 2 + (pkt->family & 1);
-	struct counter *c = bpf_map_lookup_elem(&counters, &slot);
-
-	if (c) {
-		c->packets += pkt->segments;
-		c->bytes += pkt->bytes;
-	}
-	return out < FIRST_DROP ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	count(pkt->family, direction, out, pkt->segments, pkt->bytes);
+	return out < FIRST_HOLD ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 
 static __always_inline struct scratch *begin(struct __sk_buff *skb)

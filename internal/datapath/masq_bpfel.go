@@ -28,6 +28,12 @@ type masqAnswer struct {
 	Rule       masqRule
 }
 
+type masqCarried struct {
+	_     structs.HostLayout
+	Bytes uint32
+	Data  [2048]uint8
+}
+
 type masqCounter struct {
 	_       structs.HostLayout
 	Packets uint64
@@ -80,6 +86,19 @@ type masqFragment struct {
 	Outcome uint32
 }
 
+type masqHeld struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Called   uint32
+	Since    uint32
+	Bytes    uint32
+	Datagram masqDatagram
+	Data     [2048]uint8
+}
+
 type masqInbound struct {
 	_       structs.HostLayout
 	Seen    uint32
@@ -108,11 +127,13 @@ const (
 	masqOutcomeOUT_PASS_NO_MAPPING   masqOutcome = 13
 	masqOutcomeOUT_PASS_INBOUND_FULL masqOutcome = 14
 	masqOutcomeOUT_PASS_TRANSLATED   masqOutcome = 15
+	masqOutcomeOUT_PASS_FRAGMENT     masqOutcome = 16
 	masqOutcomeOUT_MASQ_NEW          masqOutcome = 32
 	masqOutcomeOUT_MASQ_KNOWN        masqOutcome = 33
 	masqOutcomeOUT_MASQ_HOST         masqOutcome = 34
 	masqOutcomeOUT_MASQ_ERROR        masqOutcome = 35
 	masqOutcomeOUT_MASQ_FRAGMENT     masqOutcome = 36
+	masqOutcomeOUT_HOLD_FRAGMENT     masqOutcome = 60
 	masqOutcomeOUT_DROP_BAD_HEADER   masqOutcome = 64
 	masqOutcomeOUT_DROP_NO_PORT      masqOutcome = 65
 	masqOutcomeOUT_DROP_NO_ADDRESS   masqOutcome = 66
@@ -258,9 +279,10 @@ type masqScratch struct {
 		Flow masqFlow
 		_    [16]byte
 	}
-	Tick   uint64
-	Second uint32
-	_      [4]byte
+	Datagram masqDatagram
+	Tick     uint64
+	Second   uint32
+	_        [4]byte
 }
 
 type masqSetting struct {
@@ -344,12 +366,14 @@ type masqTuple4 struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	masqMapAnswers       = "answers"
+	masqMapCarried       = "carried"
 	masqMapControl       = "control"
 	masqMapCounters      = "counters"
 	masqMapDevices       = "devices"
 	masqMapForward4      = "forward4"
 	masqMapForward6      = "forward6"
 	masqMapFragments     = "fragments"
+	masqMapHeld          = "held"
 	masqMapInbound4      = "inbound4"
 	masqMapInbound6      = "inbound6"
 	masqMapPods          = "pods"
@@ -424,12 +448,14 @@ type masqProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type masqMapSpecs struct {
 	Answers   *ebpf.MapSpec `ebpf:"answers"`
+	Carried   *ebpf.MapSpec `ebpf:"carried"`
 	Control   *ebpf.MapSpec `ebpf:"control"`
 	Counters  *ebpf.MapSpec `ebpf:"counters"`
 	Devices   *ebpf.MapSpec `ebpf:"devices"`
 	Forward4  *ebpf.MapSpec `ebpf:"forward4"`
 	Forward6  *ebpf.MapSpec `ebpf:"forward6"`
 	Fragments *ebpf.MapSpec `ebpf:"fragments"`
+	Held      *ebpf.MapSpec `ebpf:"held"`
 	Inbound4  *ebpf.MapSpec `ebpf:"inbound4"`
 	Inbound6  *ebpf.MapSpec `ebpf:"inbound6"`
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
@@ -472,12 +498,14 @@ func (o *masqObjects) Close() error {
 // It can be passed to loadMasqObjects or ebpf.CollectionSpec.LoadAndAssign.
 type masqMaps struct {
 	Answers   *ebpf.Map `ebpf:"answers"`
+	Carried   *ebpf.Map `ebpf:"carried"`
 	Control   *ebpf.Map `ebpf:"control"`
 	Counters  *ebpf.Map `ebpf:"counters"`
 	Devices   *ebpf.Map `ebpf:"devices"`
 	Forward4  *ebpf.Map `ebpf:"forward4"`
 	Forward6  *ebpf.Map `ebpf:"forward6"`
 	Fragments *ebpf.Map `ebpf:"fragments"`
+	Held      *ebpf.Map `ebpf:"held"`
 	Inbound4  *ebpf.Map `ebpf:"inbound4"`
 	Inbound6  *ebpf.Map `ebpf:"inbound6"`
 	Pods      *ebpf.Map `ebpf:"pods"`
@@ -495,12 +523,14 @@ type masqMaps struct {
 func (m *masqMaps) Close() error {
 	return _MasqClose(
 		m.Answers,
+		m.Carried,
 		m.Control,
 		m.Counters,
 		m.Devices,
 		m.Forward4,
 		m.Forward6,
 		m.Fragments,
+		m.Held,
 		m.Inbound4,
 		m.Inbound6,
 		m.Pods,

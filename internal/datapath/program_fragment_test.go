@@ -102,13 +102,13 @@ func testFragmentsAlone(t *testing.T, r *rig) {
 		in := udp.Reply().To(f.node, keptPort).Fragments(fragmentSize)
 
 		r.pieces(egress, udp.Link, frags[1:], policy.DropFragment, policy.DropFragment)
-		r.pieces(ingress, udp.Link, in[1:], policy.PassNoMapping, policy.PassNoMapping)
+		r.pieces(ingress, udp.Link, in[1:], policy.HoldFragment, policy.HoldFragment)
 		// Another datagram does not speak for it, and neither does the other direction.
 		r.pieces(egress, udp.Link, frags, policy.MasqNew, policy.MasqFragment)
 		other := udp
 		other.ID++
 		r.pieces(egress, udp.Link, other.Fragments(fragmentSize)[1:], policy.DropFragment, policy.DropFragment)
-		r.pieces(ingress, udp.Link, in[1:], policy.PassNoMapping, policy.PassNoMapping)
+		r.pieces(ingress, udp.Link, in[1:], policy.HoldFragment, policy.HoldFragment)
 
 		// A first fragment too short for the header of its protocol (RFC 1858).
 		tiny := tcp.Fragments(8)

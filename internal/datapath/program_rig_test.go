@@ -75,6 +75,12 @@ func runPrograms(t *testing.T, r *rig) {
 		{"FragmentsAlone", testFragmentsAlone},
 		{"FragmentNoteExpires", testFragmentNoteExpires},
 		{"FragmentsThatPass", testFragmentsThatPass},
+		{"FragmentsOverlap", testFragmentsOverlap},
+		{"Hold", testHold},
+		{"HoldForNode", testHoldForNode},
+		{"HoldNothing", testHoldNothing},
+		{"HoldBounds", testHoldBounds},
+		{"HoldExpires", testHoldExpires},
 		{"Inbound", testInbound},
 		{"InboundLatePacket", testInboundLatePacket},
 		{"InboundLearning", testInboundLearning},
@@ -211,6 +217,7 @@ func (r *rig) clear() {
 	for _, m := range []*ebpf.Map{o.Forward4, o.Forward6, o.Reverse4, o.Reverse6, o.Inbound4, o.Inbound6, o.Fragments, o.Pods, o.Refusals} {
 		r.wipe(m)
 	}
+	r.emptyHeld()
 }
 
 func (r *rig) wipe(m *ebpf.Map) {
@@ -332,7 +339,7 @@ func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbC
 	}
 	copy(r.counts, counts) // shared with the rigs of other subtests
 	want := uint32(verdictNext)
-	if res.outcome.Verdict() == policy.Drop {
+	if v := res.outcome.Verdict(); v == policy.Drop || v == policy.Hold {
 		want = verdictDrop
 	}
 	if verdict != want && repeat == 1 {

@@ -4,7 +4,7 @@ import "fmt"
 
 // Outcome is the one reason a packet got its verdict. The numbers are shared
 // with the data plane (bpf/outcome.h); a test compares the two. The verdict is
-// a property of the number's range: passes, translations, drops.
+// a property of the number's range: passes, translations, holds, drops.
 type Outcome uint8
 
 const (
@@ -26,12 +26,15 @@ const (
 	PassNoMapping   Outcome = 13
 	PassInboundFull Outcome = 14
 	PassTranslated  Outcome = 15
+	PassFragment    Outcome = 16
 
 	MasqNew      Outcome = 32
 	MasqKnown    Outcome = 33
 	MasqHost     Outcome = 34
 	MasqError    Outcome = 35
 	MasqFragment Outcome = 36
+
+	HoldFragment Outcome = 60
 
 	DropBadHeader Outcome = 64
 	DropNoPort    Outcome = 65
@@ -51,6 +54,7 @@ const (
 	OutcomeSlots = 96
 
 	firstMasq = MasqNew
+	firstHold = HoldFragment
 	firstDrop = DropBadHeader
 )
 
@@ -60,11 +64,12 @@ type Verdict uint8
 const (
 	Pass Verdict = iota
 	Masquerade
+	Hold // until a packet comes that says more
 	Drop
 )
 
 func (v Verdict) String() string {
-	return [...]string{"pass", "masquerade", "drop"}[v]
+	return [...]string{"pass", "masquerade", "hold", "drop"}[v]
 }
 
 // OutcomeInfo documents one outcome for users: tables, metrics and messages
@@ -93,6 +98,7 @@ var outcomes = []OutcomeInfo{
 	{PassNoMapping, "pass-no-mapping", "an arriving packet that belongs to no mapping", ""},
 	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognized", "raise bpf-nat-global-max, or filter unwanted traffic"},
 	{PassTranslated, "pass-translated", "already translated: on a device stacked above this one, or an answer on its way inside", ""},
+	{PassFragment, "pass-fragment", "a later fragment for the node came before its first and could not be held: left to the node", "more than 2048 bytes, or too many at a time"},
 
 	{MasqNew, "masq-new", "first packet of a masqueraded connection", ""},
 	{MasqKnown, "masq-known", "packet of a known masqueraded connection", ""},
@@ -100,13 +106,15 @@ var outcomes = []OutcomeInfo{
 	{MasqError, "masq-error", "ICMP error about a masqueraded connection", ""},
 	{MasqFragment, "masq-fragment", "later fragment of a masqueraded datagram", ""},
 
+	{HoldFragment, "hold-fragment", "a later fragment for the node came before its first: it arrives again behind that, and is counted again then", ""},
+
 	{DropBadHeader, "drop-bad-header", "the IP or transport header cannot be read", "capture the packet; the sender is broken or hostile"},
 	{DropNoPort, "drop-no-port", "no free external port towards this remote", "widen snat-port-range; see status for the worst remote"},
 	{DropNoAddress, "drop-no-address", "the node has no address to masquerade with in this family", "give the device a global address"},
 	{DropTableFull, "drop-table-full", "the flow table is full", "raise bpf-nat-global-max"},
 	{DropQuota, "drop-quota", "the pod holds max-ports-per-pod mappings, or more than its share while others need theirs", "see what the pod does; raise max-ports-per-pod, widen snat-port-range, raise bpf-nat-global-max"},
 	{DropProtocol, "drop-protocol", "this protocol cannot be masqueraded to this remote now", "one inner host per protocol and remote; see unknown-protocols"},
-	{DropFragment, "drop-fragment", "fragment without its first fragment, a first fragment too short, or one of SCTP whose port would have to change", "avoid fragmentation, or fix the path MTU"},
+	{DropFragment, "drop-fragment", "fragment without its first fragment (arriving ones: 2 seconds after they were held), a first fragment too short, or one of SCTP whose port would have to change", "avoid fragmentation, or fix the path MTU"},
 	{DropStray, "drop-stray", "RST, FIN, SYN+ACK, their like in SCTP, reply or error of an unknown connection", ""},
 	{DropExtension, "drop-extension", "IPv6 extension header chain is too long or malformed", "capture the packet; more than 6 extension headers are not walked"},
 	{DropMapError, "drop-map-error", "the kernel refused a table update", "look for memory pressure on the node"},
@@ -141,8 +149,10 @@ func (o Outcome) Verdict() Verdict {
 	switch {
 	case o < firstMasq:
 		return Pass
-	case o < firstDrop:
+	case o < firstHold:
 		return Masquerade
+	case o < firstDrop:
+		return Hold
 	}
 	return Drop
 }

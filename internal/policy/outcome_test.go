@@ -19,8 +19,8 @@ func outcomesMarkdown() string {
 	b.WriteString(`# Outcomes
 
 Every packet that Bauta looks at gets one outcome, and every outcome is counted under its reason. Verdicts: a *pass* leaves the
-packet as it is, *masquerade* changes its address, a *drop* keeps a packet that had to be masqueraded from leaving with its own
-address.
+packet as it is, *masquerade* changes its address, a *hold* keeps it until a packet comes that says more, a *drop* keeps a packet that
+had to be masqueraded from leaving with its own address.
 
 <!-- Generated from internal/policy/outcome.go: go test ./internal/policy -run TestOutcomesPage -update -->
 
@@ -54,7 +54,7 @@ func TestOutcomesPage(t *testing.T) {
 }
 
 func TestOutcomes(t *testing.T) {
-	prefix := map[policy.Verdict]string{policy.Pass: "pass-", policy.Masquerade: "masq-", policy.Drop: "drop-"}
+	prefix := map[policy.Verdict]string{policy.Pass: "pass-", policy.Masquerade: "masq-", policy.Hold: "hold-", policy.Drop: "drop-"}
 	names := make(map[string]bool)
 	last := policy.Continue
 	for _, o := range policy.Outcomes() {

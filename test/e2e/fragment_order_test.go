@@ -1,0 +1,151 @@
+package e2e_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/lab/packet"
+)
+
+// orders are the ways in which the fragments of a datagram arrive.
+var orders = []struct {
+	name string
+	of   func(*rand.Rand, [][]byte)
+}{
+	{"in order", func(*rand.Rand, [][]byte) {}},
+	{"reversed", func(_ *rand.Rand, b [][]byte) { slices.Reverse(b) }},
+	{"first one late", func(_ *rand.Rand, b [][]byte) { b[0], b[1] = b[1], b[0] }},
+	{"shuffled", func(rng *rand.Rand, b [][]byte) { rng.Shuffle(len(b), func(i, j int) { b[i], b[j] = b[j], b[i] }) }},
+}
+
+// Fragments that overtake their first one reach the pod all the same: the reply is
+// sent by hand, fragment by fragment, and read from the pod's socket. Polycube's,
+// einat's and Cilium's translators drop what comes before its first fragment.
+func TestFragmentOrder(t *testing.T) {
+	t.Parallel()
+	rng := labtest.Rand(t)
+	eachHook(t, lab.Options{}, func(t *testing.T, n *node) {
+		for _, dst := range n.WorldAddr.All() {
+			c := n.correspond(t, n.Pods[0], dst)
+			for _, size := range []int{3000, 8000, 65507} {
+				for _, order := range orders {
+					rounds := 200_000 / size
+					lost := 0
+					for range rounds {
+						p := c.datagram(rng, size)
+						pieces := p.Fragments(1400)
+						order.of(rng, pieces)
+						c.send(t, pieces...)
+						if err := c.receive(p.Payload); err != nil {
+							lost++
+							t.Logf("%s, %d bytes, %s: %v", family(dst), size, order.name, err)
+						}
+					}
+					if lost > 0 {
+						t.Errorf("%s, %d bytes, %s: lost %d of %d", family(dst), size, order.name, lost, rounds)
+					}
+				}
+			}
+			c.interleaved(t, rng)
+		}
+		counts := n.counts()
+		t.Logf("hold-fragment %d, masq-fragment %d", counts["hold-fragment"], counts["masq-fragment"])
+		if counts["hold-fragment"] == 0 || counts["drop-fragment"] != 0 || counts["pass-fragment"] != 0 {
+			t.Errorf("counted %v", counts)
+		}
+	})
+}
+
+// interleaved sends all later fragments of many datagrams before any first one.
+func (c *correspondence) interleaved(t *testing.T, rng *rand.Rand) {
+	t.Helper()
+	var firsts, later [][]byte
+	var want [][]byte
+	for range 30 {
+		p := c.datagram(rng, 8000)
+		pieces := p.Fragments(1400)
+		firsts, later, want = append(firsts, pieces[0]), append(later, pieces[1:]...), append(want, p.Payload)
+	}
+	rng.Shuffle(len(later), func(i, j int) { later[i], later[j] = later[j], later[i] })
+	c.send(t, later...)
+	for i, first := range firsts {
+		c.send(t, first)
+		if err := c.receive(want[i]); err != nil {
+			t.Errorf("%s, 30 datagrams at a time, number %d: %v", family(c.remote.Addr()), i, err)
+			return // the next ones have waited too long by now
+		}
+	}
+}
+
+// correspondence is a masqueraded UDP flow whose remote end sends packets built by
+// the test.
+type correspondence struct {
+	conn             *net.UDPConn
+	raw              *rawSender
+	remote, external netip.AddrPort
+	id               uint32
+}
+
+// correspond opens a flow from a namespace to an address of the world.
+func (n *node) correspond(t *testing.T, from *lab.NS, dst netip.Addr) *correspondence {
+	t.Helper()
+	srv, err := lab.ListenUDP(n.World, anyPort(dst))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { srv.Close() })
+	c := &correspondence{raw: newRawSender(t, n.World), remote: srv.LocalAddr().(*net.UDPAddr).AddrPort()}
+	if c.conn, err = lab.DialUDP(t.Context(), from, netip.AddrPort{}, c.remote); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.conn.Close() })
+	if _, err := c.conn.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	srv.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, c.external, err = srv.ReadFromUDPAddrPort(make([]byte, 16)); err != nil {
+		t.Fatal(err)
+	}
+	if c.external.Addr() != n.NodeAddr.Of(dst) {
+		t.Fatalf("seen as %s", c.external)
+	}
+	return c
+}
+
+// datagram is one with random content to the flow's external socket.
+func (c *correspondence) datagram(rng *rand.Rand, size int) packet.Packet {
+	c.id++
+	p := packet.Packet{Link: packet.Raw, Src: c.remote.Addr(), Dst: c.external.Addr(), Proto: packet.UDP, ID: c.id,
+		SrcPort: c.remote.Port(), DstPort: c.external.Port(), Payload: make([]byte, size)}
+	io.ReadFull(lab.Content(rng.Uint64(), int64(size)), p.Payload)
+	return p
+}
+
+func (c *correspondence) send(t *testing.T, packets ...[]byte) {
+	t.Helper()
+	for _, b := range packets {
+		if err := c.raw.send(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// receive reads a datagram in the pod.
+func (c *correspondence) receive(want []byte) error {
+	buf := make([]byte, 1<<16)
+	c.conn.SetReadDeadline(time.Now().Add(time.Second))
+	got, err := c.conn.Read(buf)
+	if err == nil && !bytes.Equal(buf[:got], want) {
+		err = fmt.Errorf("%d bytes that were not sent", got)
+	}
+	return err
+}
