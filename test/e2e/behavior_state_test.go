@@ -1,7 +1,10 @@
 package e2e_test
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -12,6 +15,7 @@ import (
 
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/lab/packet"
 )
 
 // table opens a pinned table of flows.
@@ -98,4 +102,60 @@ func testLostState(t *testing.T, n *node, echo netip.AddrPort, lost []*ebpf.Map)
 	if len(after) != 1 || after[0] != before.XlatePort {
 		t.Errorf("external port %d, afterwards %v", before.XlatePort, after)
 	}
+}
+
+// Both sides connect at the same time (RFC 5382 REQ-2a), with real sockets: the
+// world does not hear the pod's SYN, and its own meets a pod that is connecting.
+func TestSimultaneousOpen(t *testing.T) {
+	t.Parallel()
+	n := startNode(t, lab.Options{})
+	wire := n.watchWire()
+	for i, bits := range []int{24, 64} {
+		dst := secondWorld.All()[i]
+		t.Run(family(dst), func(t *testing.T) {
+			at := netip.PrefixFrom(dst, bits)
+			must(t, n.World.AddAddr("eth0", at))
+			// The node has to know where the address is when it is gone.
+			if _, err := (lab.Echo{Dst: dst, ID: 1, Seq: 1}).Send(within(t, 10*time.Second), n.Node); err != nil {
+				t.Fatal(err)
+			}
+			must(t, n.World.DelAddr("eth0", at))
+			local, remote := netip.AddrPortFrom(n.PodAddrs[0].Of(dst), 40000), netip.AddrPortFrom(dst, 40500)
+			syns := wire.capture.Count(func(p lab.Packet) bool {
+				f, ok := lab.ParseFrame(p.Data)
+				return ok && p.Outgoing && f.Dst == dst && f.Proto == packet.TCP
+			})
+			type dialed struct {
+				c   *net.TCPConn
+				err error
+			}
+			pod := make(chan dialed, 1)
+			go func() {
+				c, err := lab.DialTCP(within(t, 20*time.Second), n.Pods[0], local, remote)
+				pod <- dialed{c, err}
+			}()
+			labtest.Eventually(t, 10*time.Second, func() error {
+				if syns.N() == 0 {
+					return errors.New("no SYN of the pod")
+				}
+				return nil
+			})
+			must(t, n.World.AddAddr("eth0", at))
+			world, err := lab.DialTCP(within(t, 10*time.Second), n.World, remote, netip.AddrPortFrom(n.NodeAddr.Of(dst), 40000))
+			if err != nil {
+				t.Fatalf("the world: %v", err)
+			}
+			defer world.Close()
+			d := <-pod
+			if d.err != nil {
+				t.Fatalf("the pod: %v", d.err)
+			}
+			defer d.c.Close()
+			go io.Copy(world, world)
+			if err := exchange(d.c); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wire.check(t)
 }

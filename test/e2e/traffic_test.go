@@ -46,7 +46,7 @@ func family(a netip.Addr) string {
 	return "v6"
 }
 
-// wire watches what the node sends out of eth0.
+// wire watches what the node sends out of a device.
 type wire struct {
 	capture *lab.Capture
 	leaks   *lab.Counter
@@ -61,7 +61,13 @@ func isPod(a netip.Addr) bool { return lab.PodRange4.Contains(a) || lab.PodRange
 // or in the packet quoted by an ICMP error, except towards the allowed addresses.
 func (n *node) watchWire(allowed ...netip.Addr) *wire {
 	n.t.Helper()
-	w := &wire{capture: labtest.Capture(n.t, n.Node, "eth0", lab.CaptureOptions{MaxPackets: 1, SnapLen: 64})}
+	return n.watchDevice("eth0", allowed...)
+}
+
+// watchDevice is watchWire of any device.
+func (n *node) watchDevice(dev string, allowed ...netip.Addr) *wire {
+	n.t.Helper()
+	w := &wire{capture: labtest.Capture(n.t, n.Node, dev, lab.CaptureOptions{MaxPackets: 1, SnapLen: 64})}
 	ok := make(map[netip.Addr]bool)
 	for _, a := range allowed {
 		ok[a] = true
