@@ -41,7 +41,8 @@ static __always_inline enum outcome egress_translate(struct __sk_buff *skb, stru
 
 /* An ICMP error about a mapped flow: the quote must be the remote's view. The outer source is
  * translated too, unless it is the node that complains. Neither refreshes the mapping (RFC 5508
- * REQ-6). Without a mapping, the flow becomes the quoted packet's, if it has one. */
+ * REQ-6). Without a mapping, the flow becomes the quoted packet's, if it has one. A pod is no
+ * router of the remote's: its redirects are dropped. */
 static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratch *s)
 {
 	struct packet *pkt = &s->packet;
@@ -55,10 +56,12 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 	tuple_arriving(&s->flow, &s->quote); /* the quote came towards us */
 	if (!flow_find(FORWARD, &s->flow, &s->to))
 		return OUT_CONTINUE;
-	if (quote_rewrite(skb, pkt, &s->quote, DESTINATION, &s->to))
-		return OUT_DROP_REWRITE;
 	if (policy_settings(&generation))
 		r = policy_lookup(generation, TRIE_SOURCE, &pkt->src);
+	if (is_redirect(pkt) && r.outcome != OUT_PASS_HOST)
+		return OUT_DROP_PROTOCOL;
+	if (quote_rewrite(skb, pkt, &s->quote, DESTINATION, &s->to))
+		return OUT_DROP_REWRITE;
 	if (r.outcome == OUT_PASS_HOST)
 		return endpoint_is(&s->to, &s->quote.dst, s->quote.dport) ? OUT_PASS_HOST
 									  : OUT_MASQ_ERROR;

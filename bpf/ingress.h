@@ -9,12 +9,13 @@
 #include "inbound.h"
 #include "quote.h"
 
-/* An ICMP error about a mapped flow: the inner host must see its own packet in the quote. */
+/* An ICMP error about a mapped flow: the inner host must see its own packet in the quote. A
+ * redirect is about the node's next hop. */
 static __noinline enum outcome ingress_error(struct __sk_buff *skb, struct scratch *s)
 {
 	struct packet *pkt = &s->packet;
 
-	if (!quote_parse(skb, pkt, &s->quote))
+	if (is_redirect(pkt) || !quote_parse(skb, pkt, &s->quote))
 		return OUT_PASS_NO_MAPPING;
 	tuple_leaving(&s->flow, &s->quote); /* the quote is what we sent */
 	if (!flow_find(REVERSE, &s->flow, &s->to))

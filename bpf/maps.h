@@ -409,6 +409,7 @@ struct scratch {
 	struct claim claim;
 	union flow_entry entry; /* what flow_add() inserts */
 	struct datagram datagram; /* of the fragment at hand, at ingress */
+	__u8 header[60]; /* a quoted IPv4 header */
 	__u64 tick; /* outlive the packet: see now_seconds() */
 	__u32 second;
 };

@@ -109,6 +109,13 @@ static __always_inline bool is_ipv4(const struct packet *pkt)
 	return pkt->family == FAMILY_IPV4;
 }
 
+/* A redirect tells a host about its own next hop: never of use behind a translation. In IPv6 it is
+ * neighbor discovery. */
+static __always_inline bool is_redirect(const struct packet *pkt)
+{
+	return is_ipv4(pkt) && pkt->kind == KIND_ERROR && pkt->icmp_type == 5;
+}
+
 /* A packet that can only be the first of a connection. */
 static __always_inline bool is_opening(const struct packet *pkt)
 {

@@ -3,7 +3,12 @@
  *
  * A quote may be cut behind the first 8 bytes of its transport header (RFC 792), so every field
  * is changed only if it is there. All changes lie inside the outer ICMP checksum's coverage: one
- * summed difference corrects it.
+ * summed difference corrects it. A wrong one stays wrong, and the host that gets it drops it: we
+ * do not read the whole message to verify it first (RFC 5508 REQ-3). Transport checksums in the
+ * quote are not to be verified (REQ-3 c).
+ *
+ * All types of errors are translated alike. That includes source quench, which hosts ignore
+ * (RFC 6633), and types that ICMPv6 may get yet (RFC 4443 section 2.4 b).
  */
 #pragma once
 
@@ -12,12 +17,30 @@
 
 #define ICMP_HEADER 8
 
+/* Is the checksum of the quoted IPv4 header right? Otherwise its addresses may not be those that were
+ * sent (RFC 5508 REQ-3 a). Global: the verifier checks it once. */
+__noinline int quote_intact(struct __sk_buff *skb, __u32 offset)
+{
+	__u32 zero = 0, size;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	__u8 version_ihl;
+
+	if (!s || bpf_skb_load_bytes(skb, offset, &version_ihl, 1))
+		return 0;
+	size = (version_ihl & 0x0f) * 4;
+	if (size < sizeof(struct ipv4_header) || bpf_skb_load_bytes(skb, offset, s->header, size))
+		return 0;
+	return csum_fold(bpf_csum_diff(NULL, 0, (__be32 *)s->header, size, 0)) == 0xffff;
+}
+
 /* Reads the quoted packet. A quoted later fragment has no ports, so it names no flow. */
 static __noinline bool quote_parse(struct __sk_buff *skb, const struct packet *pkt,
 				   struct packet *quote)
 {
 	*quote = (struct packet){ .family = pkt->family, .l3 = pkt->l4 + ICMP_HEADER };
 	if (parse_ip(skb, quote, true) || quote->defect)
+		return false;
+	if (is_ipv4(quote) && !quote_intact(skb, quote->l3))
 		return false;
 	return quote->kind == KIND_PORTS || quote->kind == KIND_QUERY ||
 	       quote->kind == KIND_REPLY || quote->kind == KIND_BARE;

@@ -280,6 +280,8 @@ type masqScratch struct {
 		_    [16]byte
 	}
 	Datagram masqDatagram
+	Header   [60]uint8
+	_        [4]byte
 	Tick     uint64
 	Second   uint32
 	_        [4]byte

@@ -69,6 +69,8 @@ func runPrograms(t *testing.T, r *rig) {
 		{"Truncated", testTruncated},
 		{"TruncatedErrors", testTruncatedErrors},
 		{"Errors", testErrors},
+		{"Redirects", testRedirects},
+		{"ErrorsWithBadQuote", testErrorsWithBadQuote},
 		{"ErrorsDoNotRefresh", testErrorsDoNotRefresh},
 		{"ErrorsOfOthers", testErrorsOfOthers},
 		{"Fragments", testFragments},
@@ -162,6 +164,7 @@ func newRigFlows(t testing.TB, flows uint32, without ...Feature) *rig {
 func (r *rig) on(t testing.TB) *rig {
 	sub := *r
 	sub.t = t
+	copy(sub.counts, sub.readCounts()) // a subtest that failed may have left some unread
 	return &sub
 }
 
@@ -312,32 +315,11 @@ func (r *rig) run(dir direction, dev string, link packet.Link, frame []byte) res
 
 func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbContext, repeat uint32) result {
 	r.t.Helper()
-	out := make([]byte, len(frame)+64)
-	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx, Repeat: repeat}
-	var verdict uint32
-	err := r.ns.Do(func() error {
-		prog, err := r.d.program(dir, link != packet.Raw)
-		if err == nil {
-			verdict, err = prog.Run(&opt)
-		}
-		return err
-	})
-	if err != nil {
-		r.t.Fatalf("%s of %d bytes: %v", dir, len(frame), err)
+	verdict, data := r.execute(dir, link, frame, ctx, repeat)
+	res := result{data: data, moved: r.moved(dir)}
+	for outcome := range res.moved {
+		res.outcome = max(res.outcome, outcome) // more than one: of repeated runs
 	}
-	res := result{data: opt.DataOut, moved: make(map[policy.Outcome]uint64)}
-	counts := r.readCounts()
-	for slot, n := range counts {
-		if n == r.counts[slot] {
-			continue
-		}
-		res.outcome = policy.Outcome(slot / 4)
-		if slot/2%2 != int(dir) {
-			r.t.Fatalf("%s: %s was counted in the other direction", dir, res.outcome)
-		}
-		res.moved[res.outcome] += n - r.counts[slot]
-	}
-	copy(r.counts, counts) // shared with the rigs of other subtests
 	want := uint32(verdictNext)
 	if v := res.outcome.Verdict(); v == policy.Drop || v == policy.Hold {
 		want = verdictDrop
@@ -349,6 +331,83 @@ func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbC
 		r.t.Fatalf("%s: %s changed the packet\n was %x\n is  %x", dir, res.outcome, frame, res.data)
 	}
 	return res
+}
+
+// execute runs a program and returns its verdict and what it made of the frame.
+func (r *rig) execute(dir direction, link packet.Link, frame []byte, ctx skbContext, repeat uint32) (uint32, []byte) {
+	r.t.Helper()
+	opt := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+64), Context: ctx, Repeat: repeat}
+	var verdict uint32
+	err := r.ns.Do(func() error {
+		prog, err := r.d.program(dir, link != packet.Raw)
+		if err == nil {
+			verdict, err = prog.Run(&opt)
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatalf("%s of %d bytes: %v", dir, len(frame), err)
+	}
+	return verdict, opt.DataOut
+}
+
+// moved returns by how much the counters moved since it was asked last, all of which
+// must be of one direction.
+func (r *rig) moved(dir direction) map[policy.Outcome]uint64 {
+	r.t.Helper()
+	counts, moved := r.readCounts(), make(map[policy.Outcome]uint64)
+	for slot, n := range counts {
+		if n == r.counts[slot] {
+			continue
+		}
+		outcome := policy.Outcome(slot / 4)
+		if slot/2%2 != int(dir) {
+			r.t.Fatalf("%s: %s was counted in the other direction", dir, outcome)
+		}
+		moved[outcome] += n - r.counts[slot]
+	}
+	copy(r.counts, counts) // shared with the rigs of other subtests
+	return moved
+}
+
+// batch runs many frames of one direction that all have one outcome: translations,
+// to the bytes in want, or a drop or a pass without change. The counters are read
+// once, which takes longer than a run does.
+type batch struct {
+	r       *rig
+	dir     direction
+	outcome policy.Outcome
+	n       uint64
+}
+
+func (r *rig) batch(dir direction, outcome policy.Outcome) *batch {
+	return &batch{r: r, dir: dir, outcome: outcome}
+}
+
+func (b *batch) run(what func() string, link packet.Link, frame, want []byte) {
+	b.r.t.Helper()
+	verdict, got := b.r.execute(b.dir, link, frame, skbContext{Ifindex: uint32(b.r.device["eth0"])}, 1)
+	b.n++
+	if b.outcome.Verdict() == policy.Drop {
+		if verdict != verdictDrop {
+			b.r.t.Fatalf("%s: %s: verdict %d, want %s", b.dir, what(), int32(verdict), b.outcome)
+		}
+		return
+	}
+	if b.outcome.Verdict() == policy.Pass {
+		want = frame
+	}
+	if verdict != verdictNext || !slices.Equal(got, want) {
+		b.r.t.Fatalf("%s: %s: verdict %d, want %s\n was  %x\n want %x\n got  %x", b.dir, what(), int32(verdict), b.outcome, frame, want, got)
+	}
+}
+
+// end checks the counters.
+func (b *batch) end() {
+	b.r.t.Helper()
+	if moved := b.r.moved(b.dir); moved[b.outcome] != b.n || len(moved) > 1 {
+		b.r.t.Fatalf("%s: counters moved: %v, want %s by %d", b.dir, moved, b.outcome, b.n)
+	}
 }
 
 // send runs a built packet and expects an outcome; want is the packet that must
