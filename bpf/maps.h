@@ -11,7 +11,7 @@
 #include "packet.h"
 
 /* Bump when a key or value of a pinned map changes its meaning: the agent refuses or migrates. */
-#define MAP_LAYOUT 1
+#define MAP_LAYOUT 2
 
 /* Local is the node's side: the inner socket in the forward table, the external one in the
  * reverse table. */
@@ -254,7 +254,7 @@ struct state {
 	__u32 active; /* generation in force, counted up by each apply; ~0 before the first */
 	__u32 layout; /* MAP_LAYOUT of the writer */
 	__u32 learn_until; /* second until which any arriving TCP packet opens an inbound connection */
-	__u32 pad;
+	__u32 heartbeat; /* second of the agent's last sweep */
 	__u64 seed; /* of the port sequence; drawn once, so a flow finds its port again after state loss */
 };
 

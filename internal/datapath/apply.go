@@ -87,6 +87,12 @@ func (d *Datapath) Apply(ctx context.Context, p *policy.Policy) error {
 	}
 	d.applied = next
 	if !d.taken {
+		// A device without an entry passes new flows: it has one before it has our programs.
+		for _, dev := range p.Input().Devices {
+			if err := d.putDevice(dev); err != nil {
+				return err
+			}
+		}
 		if err := d.takeOver(); err != nil {
 			return err
 		}
@@ -159,7 +165,7 @@ func (d *Datapath) flip(generation uint32, next *applied) error {
 		if err := d.step(fmt.Sprintf("pin %d", i)); err != nil {
 			return err
 		}
-		if err := replaceMapPin(m, filepath.Join(d.opt.Root, pinTrie(generation, i))); err != nil {
+		if err := replaceMapPin(m, filepath.Join(d.pins, pinTrie(generation, i))); err != nil {
 			return err
 		}
 	}
@@ -179,12 +185,7 @@ func (d *Datapath) flip(generation uint32, next *applied) error {
 	if err := d.step("flip"); err != nil {
 		return err
 	}
-	st, err := d.state()
-	if err != nil {
-		return err
-	}
-	st.Active = generation
-	return d.setState(st)
+	return d.changeState(func(st *masqState) { st.Active = generation })
 }
 
 func (d *Datapath) putTrie(generation uint32, which int, m *ebpf.Map) error {

@@ -18,6 +18,7 @@ type attachment struct {
 	index    int
 	ethernet bool
 	links    [2]link.Link // by direction; tcx only
+	ahead    link.Link    // of a migration: the new ingress program, in front of links[ingress]
 	current  [2]bool      // by direction: the link has this version's program
 	filters  bool         // clsact filters of ours are, or may be, there
 	whole    bool         // the last attempt left both programs on it
@@ -32,6 +33,10 @@ func (a *attachment) release() {
 			l.Close()
 			a.links[i] = nil
 		}
+	}
+	if a.ahead != nil {
+		a.ahead.Close()
+		a.ahead = nil
 	}
 }
 

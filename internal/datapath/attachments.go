@@ -29,8 +29,8 @@ func (i *Inspector) Attachments() ([]Attachment, error) {
 			a.links[dir], _ = link.LoadPinnedLink(filepath.Join(i.root, pinLink(dir, index)), nil)
 		}
 		if hook, ok := a.hook(); ok {
-			var value masqDevice
-			draining := i.maps[pinDevices].Lookup(uint32(index), &value) != nil
+			entry, err := i.maps[pinDevices].LookupBytes(uint32(index))
+			draining := err != nil || entry == nil
 			out = append(out, Attachment{Device: dev.Attrs().Name, Index: index, Hook: hook, Draining: draining,
 				Ahead: programsAhead(index, a.links[egress])})
 		}
@@ -109,6 +109,14 @@ func Remove(root string) (removed []string, err error) {
 			return nil, err
 		}
 		defer lock.Close()
+	}
+	if onBPF {
+		if err := os.Remove(filepath.Join(root, nextDir, commitMark)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, rootError(err)
+		}
+		if err := discardNext(root); err != nil {
+			return nil, err
+		}
 	}
 	// Filters also when the directory is gone: they live without it.
 	if removed, err = removeFilters(root); err != nil || !onBPF {

@@ -22,6 +22,10 @@ const (
 
 func filterName(dir direction) string { return "bauta_" + dir.String() }
 
+// aheadName is the name of a second ingress filter, in front of the one that a
+// migration is going to remove.
+const aheadName = "bauta_ingress_next"
+
 func filterParent(dir direction) uint32 {
 	return [...]uint32{netlink.HANDLE_MIN_EGRESS, netlink.HANDLE_MIN_INGRESS}[dir]
 }
@@ -98,17 +102,21 @@ func checkQdisc(a *attachment) error {
 			"tc qdisc del dev %s %s && tc qdisc add dev %s clsact", a.name, kind, a.name))
 }
 
-func putFilter(index int, dir direction, prog *ebpf.Program) error {
-	own, err := ownFilters(index, dir)
-	if err != nil {
-		return err
-	}
-	filter := &netlink.BpfFilter{
+func newFilter(index int, dir direction, prog *ebpf.Program) *netlink.BpfFilter {
+	return &netlink.BpfFilter{
 		FilterAttrs:  netlink.FilterAttrs{LinkIndex: index, Parent: filterParent(dir), Handle: filterHandle, Protocol: unix.ETH_P_ALL},
 		Fd:           prog.FD(),
 		Name:         filterName(dir),
 		DirectAction: true,
 	}
+}
+
+func putFilter(index int, dir direction, prog *ebpf.Program) error {
+	own, err := ownFilters(index, dir)
+	if err != nil {
+		return err
+	}
+	filter := newFilter(index, dir, prog)
 	if len(own) > 0 {
 		// What is there already is not written again: each write is news to all that listen.
 		info, err := prog.Info()
@@ -125,6 +133,63 @@ func putFilter(index int, dir direction, prog *ebpf.Program) error {
 		return nil
 	}
 	return addFilter(filter)
+}
+
+// putAheadFilter puts a second ingress filter in front of the one there is. Of the
+// filters of one priority the newest runs first.
+func putAheadFilter(index int, prog *ebpf.Program) error {
+	own, err := ownFilters(index, ingress)
+	if err != nil {
+		return err
+	}
+	if len(own) == 0 {
+		return putFilter(index, ingress, prog) // nothing to be in front of
+	}
+	filter := newFilter(index, ingress, prog)
+	filter.Name, filter.Priority, filter.Handle = aheadName, own[0].Attrs().Priority, own[0].Attrs().Handle
+	if isAhead(own[0]) {
+		return netlink.FilterReplace(filter)
+	}
+	filter.Handle ^= 1
+	if err := netlink.FilterAdd(filter); err != nil {
+		return fmt.Errorf("add filter: %w", err)
+	}
+	if own, err = ownFilters(index, ingress); err != nil || len(own) == 0 || !isAhead(own[0]) {
+		return errors.Join(err, errors.New("the new filter is not in front of the old one"), dropAheadFilter(index))
+	}
+	return nil
+}
+
+// settleAheadFilter removes the filter behind the one that was put ahead, which gets its name.
+func settleAheadFilter(index int, prog *ebpf.Program) error {
+	own, err := ownFilters(index, ingress)
+	if err != nil || len(own) == 0 || !isAhead(own[0]) {
+		return err
+	}
+	for _, f := range own[1:] {
+		if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete filter: %w", err)
+		}
+	}
+	filter := newFilter(index, ingress, prog)
+	filter.Priority, filter.Handle = own[0].Attrs().Priority, own[0].Attrs().Handle
+	if err := netlink.FilterReplace(filter); err != nil {
+		return fmt.Errorf("replace filter: %w", err)
+	}
+	return nil
+}
+
+// dropAheadFilter undoes putAheadFilter.
+func dropAheadFilter(index int) error {
+	own, err := ownFilters(index, ingress)
+	for _, f := range own {
+		if isAhead(f) {
+			if e := netlink.FilterDel(f); e != nil && !errors.Is(e, unix.ENOENT) {
+				err = errors.Join(err, fmt.Errorf("delete filter: %w", e))
+			}
+		}
+	}
+	return err
 }
 
 // addFilter adds a filter as far ahead as it can be without touching another one.
@@ -153,7 +218,12 @@ func listFilters(index int, dir direction) ([]netlink.Filter, error) {
 
 func isOwnFilter(f netlink.Filter, dir direction) bool {
 	b, ok := f.(*netlink.BpfFilter)
-	return ok && b.Name == filterName(dir)
+	return ok && (b.Name == filterName(dir) || dir == ingress && b.Name == aheadName)
+}
+
+func isAhead(f netlink.Filter) bool {
+	b, ok := f.(*netlink.BpfFilter)
+	return ok && b.Name == aheadName
 }
 
 // ownFilters returns our filters of one direction.

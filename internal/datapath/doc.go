@@ -6,8 +6,8 @@
 // running; only Remove takes it away. Inspect reads the pinned objects with or
 // without an agent. Nobody outside sees an *ebpf.Map.
 //
-// Invariants: a flow table is never recreated while flows are in it, a program is
-// replaced in place, and the policy in force stays until a complete new one is
+// Invariants: a flow table is never given up before its flows are in the next one, a
+// program is replaced in place, and the policy in force stays until a complete new one is
 // written.
 package datapath
 
@@ -30,6 +30,8 @@ type Options struct {
 	// AllowPrivateBPFFS lets Root be on a bpffs outside the host's mount namespace (labs).
 	AllowPrivateBPFFS bool
 	Log               *slog.Logger
+
+	interrupt func(step string) error // tests only: see Datapath
 }
 
 // Hook is the kind of attachment.

@@ -85,64 +85,98 @@ func (e flowEntry) reverseKey() flowKey {
 	return flowKey{local: e.xlate, remote: e.key.remote, proto: e.key.proto}
 }
 
+func viewFlow4(k masqTuple4, v masqFlow4) flowEntry {
+	return entryOf(key4(k), v.Flow, addr4From(v.Addr))
+}
+
+func viewFlow6(k masqTuple, v masqFlow6) flowEntry {
+	return entryOf(key6(k), v.Flow, addrFrom(v.Addr))
+}
+
+func viewInbound(k flowKey, v masqInbound) flowEntry {
+	return flowEntry{key: k, seen: v.Seen, created: v.Created, packets: v.Packets, bits: v.Bits}
+}
+
+func viewInbound4(k masqTuple4, v masqInbound) flowEntry { return viewInbound(key4(k), v) }
+func viewInbound6(k masqTuple, v masqInbound) flowEntry  { return viewInbound(key6(k), v) }
+
 // all yields the entries of a forward or reverse table.
 func (t flowTables) all(m *ebpf.Map) iter.Seq2[flowEntry, error] {
 	if t.ipv4 {
-		return walk(m, func(k masqTuple4, v masqFlow4) flowEntry {
-			return entryOf(key4(k), v.Flow, addr4From(v.Addr))
-		})
+		return walk(m, viewFlow4)
 	}
-	return walk(m, func(k masqTuple, v masqFlow6) flowEntry {
-		return entryOf(key6(k), v.Flow, addrFrom(v.Addr))
-	})
+	return walk(m, viewFlow6)
 }
 
 // allInbound yields the connections opened from outside.
 func (t flowTables) allInbound() iter.Seq2[flowEntry, error] {
-	entry := func(k flowKey, v masqInbound) flowEntry {
-		return flowEntry{key: k, seen: v.Seen, created: v.Created, packets: v.Packets, bits: v.Bits}
-	}
 	if t.ipv4 {
-		return walk(t.inbound, func(k masqTuple4, v masqInbound) flowEntry { return entry(key4(k), v) })
+		return walk(t.inbound, viewInbound4)
 	}
-	return walk(t.inbound, func(k masqTuple, v masqInbound) flowEntry { return entry(key6(k), v) })
+	return walk(t.inbound, viewInbound6)
+}
+
+// walk yields the entries of a hash table.
+func walk[K, V any](m *ebpf.Map, entry func(K, V) flowEntry) iter.Seq2[flowEntry, error] {
+	return func(yield func(flowEntry, error) bool) {
+		for b, err := range batches[K, V](m) {
+			if err != nil {
+				yield(flowEntry{}, err)
+				return
+			}
+			for i := range b.keys {
+				if !yield(entry(b.keys[i], b.values[i]), nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// chunk is a part of a table, to be used before the next one is asked for.
+type chunk[K, V any] struct {
+	keys   []K
+	values []V
 }
 
 const walkBatch = 4096
 
-// walk reads a whole flow table.
-func walk[K, V any](m *ebpf.Map, entry func(K, V) flowEntry) iter.Seq2[flowEntry, error] {
-	return func(yield func(flowEntry, error) bool) {
-		err := eachEntry(m, func(k K, v V) bool { return yield(entry(k, v), nil) })
-		if err != nil {
-			yield(flowEntry{}, fmt.Errorf("read flow table: %w", err))
-		}
-	}
-}
-
-// eachEntry reads a whole hash table in batches, until visit has enough. Packets go
-// on changing it: an entry that is new may be missed.
+// eachEntry visits the entries of a hash table until visit has enough.
 func eachEntry[K, V any](m *ebpf.Map, visit func(K, V) bool) error {
-	var cursor ebpf.MapBatchCursor
-	size := min(walkBatch, int(m.MaxEntries()))
-	keys, values := make([]K, size), make([]V, size)
-	for {
-		n, err := m.BatchLookup(&cursor, keys, values, nil)
-		// The next bucket holds more than the buffer: the same again with a larger one.
-		if errors.Is(err, unix.ENOSPC) && len(keys) < int(m.MaxEntries()) {
-			keys, values = make([]K, 4*len(keys)), make([]V, 4*len(values))
-			continue
-		}
-		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	for b, err := range batches[K, V](m) {
+		if err != nil {
 			return err
 		}
-		for i := range n {
-			if !visit(keys[i], values[i]) {
+		for i := range b.keys {
+			if !visit(b.keys[i], b.values[i]) {
 				return nil
 			}
 		}
-		if err != nil {
-			return nil // the end
+	}
+	return nil
+}
+
+// batches reads a whole hash table. Packets go on changing it: an entry that is
+// new may be missed, one that is there all the time is not.
+func batches[K, V any](m *ebpf.Map) iter.Seq2[chunk[K, V], error] {
+	return func(yield func(chunk[K, V], error) bool) {
+		var cursor ebpf.MapBatchCursor
+		size := min(walkBatch, int(m.MaxEntries()))
+		keys, values := make([]K, size), make([]V, size)
+		for {
+			n, err := m.BatchLookup(&cursor, keys, values, nil)
+			// The next bucket holds more than the buffer: the same again with a larger one.
+			if errors.Is(err, unix.ENOSPC) && len(keys) < int(m.MaxEntries()) {
+				keys, values = make([]K, 4*len(keys)), make([]V, 4*len(values))
+				continue
+			}
+			if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				yield(chunk[K, V]{}, fmt.Errorf("read table: %w", err))
+				return
+			}
+			if !yield(chunk[K, V]{keys[:n], values[:n]}, nil) || err != nil {
+				return // err: the end
+			}
 		}
 	}
 }

@@ -2,12 +2,14 @@ package datapath
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 
@@ -17,6 +19,7 @@ import (
 // Inspector reads the pinned data plane; it works with or without an agent.
 type Inspector struct {
 	root   string
+	old    bool // the tables are of the previous layout: its policy and flows can be read, no more
 	maps   map[string]*ebpf.Map
 	tables [2]flowTables
 }
@@ -27,9 +30,14 @@ var ErrNone = errors.New("no data plane")
 // Inspect opens the pinned objects below root. ErrNone: there are none.
 func Inspect(root string) (*Inspector, error) {
 	i := &Inspector{root: root, maps: make(map[string]*ebpf.Map)}
+	layout, ok, err := readLayout(root)
+	i.old = err == nil && ok && layout != mapLayout
 	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices, pinStats, pinRefusals,
 		pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6} {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(root, name), nil)
+		if errors.Is(err, os.ErrNotExist) && i.old && (name == pinStats || name == pinRefusals) {
+			continue
+		}
 		if err != nil {
 			i.Close()
 			switch {
@@ -58,16 +66,26 @@ func (i *Inspector) Close() error {
 	return errors.Join(errs...)
 }
 
-// active is the generation in force; false before the first Apply.
-func (i *Inspector) active() (uint32, bool, error) {
-	var st masqState
-	if err := i.maps[pinControl].Lookup(uint32(0), &st); err != nil {
+// active is the generation in force; false before the first Apply. The policy of the
+// previous layout can be read too: an agent that upgrades starts from it.
+func (i *Inspector) active() (generation uint32, ok bool, err error) {
+	b, err := i.maps[pinControl].LookupBytes(uint32(0))
+	if err != nil {
 		return 0, false, fmt.Errorf("read control: %w", err)
 	}
-	if st.Layout != mapLayout {
-		return 0, false, hint(fmt.Errorf("%s: layout %d, this version reads %d", i.root, st.Layout, mapLayout), "use the bauta of the running agent")
+	layout, err := layoutOf(b)
+	if err != nil {
+		return 0, false, err
 	}
-	return st.Active, st.Active != noGeneration, nil
+	if layout != 0 && formats[layout] == nil {
+		return 0, false, i.otherLayout(layout)
+	}
+	generation = binary.NativeEndian.Uint32(b) // state.active, in every version
+	return generation, layout != 0 && generation != noGeneration, nil
+}
+
+func (i *Inspector) otherLayout(layout uint32) error {
+	return hint(fmt.Errorf("%s: layout %d, this version reads %d", i.root, layout, mapLayout), "use the bauta of the running agent")
 }
 
 // Applied tells whether a policy is in force.
@@ -96,6 +114,9 @@ func (i *Inspector) destinations(keep func(masqRule) bool) ([]netip.Prefix, erro
 		return nil, fmt.Errorf("open policy table: %w", err)
 	}
 	defer m.Close()
+	if have, want := m.ValueSize(), uint32(unsafe.Sizeof(masqRule{})); have != want {
+		return nil, fmt.Errorf("policy table: rules of %d bytes, this version reads %d", have, want)
+	}
 	var out []netip.Prefix
 	var key masqPrefix
 	var rule masqRule
@@ -112,10 +133,10 @@ func (i *Inspector) destinations(keep func(masqRule) bool) ([]netip.Prefix, erro
 	return out, nil
 }
 
-// setting reads the settings in force.
+// setting reads the settings in force; nil if there are none that this version reads.
 func (i *Inspector) setting() (*masqSetting, error) {
 	generation, ok, err := i.active()
-	if err != nil || !ok {
+	if err != nil || !ok || i.old {
 		return nil, err
 	}
 	s := new(masqSetting)
@@ -128,16 +149,16 @@ func (i *Inspector) setting() (*masqSetting, error) {
 // Exclusions returns the non-masquerade prefixes in the kernel, sorted, without
 // those of a family that is off.
 func (i *Inspector) Exclusions() ([]netip.Prefix, error) {
-	s, err := i.setting()
-	if err != nil || s == nil {
+	ipv4, ipv6, err := i.Families()
+	if err != nil {
 		return nil, err
 	}
 	all, err := i.destinations(func(r masqRule) bool { return policy.Listed(r.Listed)&policy.ListedNonMasq != 0 })
 	return slices.DeleteFunc(all, func(p netip.Prefix) bool {
 		if p.Addr().Is4() {
-			return s.Enabled[0] == 0
+			return !ipv4
 		}
-		return s.Enabled[1] == 0
+		return !ipv6
 	}), err
 }
 
@@ -153,16 +174,24 @@ func (i *Inspector) NodeAddrs() ([]netip.Addr, error) {
 
 // Families tells which families are masqueraded by the policy in force.
 func (i *Inspector) Families() (ipv4, ipv6 bool, err error) {
-	s, err := i.setting()
-	if err != nil || s == nil {
+	generation, ok, err := i.active()
+	if err != nil || !ok {
 		return false, false, err
 	}
-	return s.Enabled[0] != 0, s.Enabled[1] != 0, nil
+	b, err := i.maps[pinSettings].LookupBytes(tableSet(generation))
+	if err != nil {
+		return false, false, fmt.Errorf("read settings: %w", err)
+	}
+	at := binary.NativeEndian // setting.enabled comes first, in every version
+	return at.Uint32(b) != 0, at.Uint32(b[4:]) != 0, nil
 }
 
 // Counts returns the non-zero counters, by outcome, direction and family.
 func (i *Inspector) Counts() ([]Count, error) {
 	var out []Count
+	if i.old {
+		return nil, nil // by other numbers
+	}
 	for slot := uint32(0); slot < policy.OutcomeSlots*4; slot++ {
 		var perCPU []masqCounter
 		if err := i.maps[pinCounters].Lookup(slot, &perCPU); err != nil {
@@ -242,6 +271,9 @@ func (i *Inspector) Flush(f Filter) (int, error) {
 // forgetRefusals lets everybody search again: there are free ports now.
 func (i *Inspector) forgetRefusals() error {
 	m := i.maps[pinRefusals]
+	if i.old {
+		return nil
+	}
 	var keys []masqRefused
 	err := eachEntry(m, func(k masqRefused, _ masqRefusal) bool {
 		keys = append(keys, k)

@@ -125,6 +125,11 @@ func (d *Datapath) takeOver() error {
 		}
 		list = append(list, a)
 	}
+	if d.old != nil {
+		if err := d.migrate(list); err != nil {
+			return err
+		}
+	}
 	if err := d.attach(list); err != nil {
 		d.opt.Log.Warn("attachments of an earlier agent not complete", "error", err)
 	}

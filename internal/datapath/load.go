@@ -7,15 +7,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 )
-
-// mapLayout is MAP_LAYOUT of bpf/maps.h.
-const mapLayout = 1
 
 // noGeneration is control.active before the first apply.
 const noGeneration = ^uint32(0)
@@ -59,8 +57,14 @@ type Datapath struct {
 	applies  uint64   // number of complete ones
 	sweeper  *sweeper
 
-	// interrupt, set by tests only, is called before each write of Apply; an
-	// error stops there, as a crash would.
+	pins     string       // directory of the tables: opt.Root, or aside during a migration
+	flows    uint32       // size of the tables
+	old      *predecessor // what flows are to be taken over from; nil: nothing
+	lastPass uint32       // of the migration: second in which the last but one began; 0: unknown
+	control  sync.Mutex   // around changes of the control map
+
+	// interrupt, set by tests only, is called before each write of Apply and each step of
+	// a migration; an error stops there, as a crash would.
 	interrupt func(step string) error
 }
 
@@ -87,7 +91,15 @@ func Open(opt Options) (*Datapath, error) {
 		return nil, err
 	}
 	d := &Datapath{opt: opt, features: features.Without(opt.Without...), lock: lock, attached: make(map[int]*attachment)}
-	if err := d.open(); err != nil {
+	d.interrupt = opt.interrupt
+	err = d.open()
+	if err == nil && opt.Flows != 0 && d.flows != opt.Flows {
+		// It went on with a migration to another size; that one is complete now.
+		if err = d.unload(); err == nil {
+			err = d.open()
+		}
+	}
+	if err != nil {
 		d.Close()
 		return nil, err
 	}
@@ -98,7 +110,7 @@ func (d *Datapath) open() error {
 	if err := removeStale(d.opt.Root); err != nil {
 		return err
 	}
-	if err := checkLayout(d.opt.Root); err != nil {
+	if err := d.plan(); err != nil {
 		return err
 	}
 	if err := d.load(); err != nil {
@@ -122,24 +134,22 @@ func (d *Datapath) load() error {
 	if err != nil {
 		return fmt.Errorf("read the embedded programs: %w", err)
 	}
-	if err := d.size(spec); err != nil {
-		return err
-	}
+	d.size(spec)
 	if err := d.features.set(spec); err != nil {
 		return err
 	}
 	d.trie = spec.Maps[pinPolicies].InnerMap
-	before, err := pinNames(d.opt.Root)
+	before, err := pinNames(d.pins)
 	if err != nil {
 		return err
 	}
-	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: d.opt.Root}})
+	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: d.pins}})
 	if err == nil {
 		// The reaper is pinned, so that `nat flush` works with the agent down.
-		err = replacePin(d.objs.Reap.Pin, filepath.Join(d.opt.Root, pinReap))
+		err = replacePin(d.objs.Reap.Pin, filepath.Join(d.pins, pinReap))
 	}
 	if err != nil {
-		return errors.Join(loadError(d.opt.Root, err), removeNew(d.opt.Root, before))
+		return errors.Join(loadError(d.opt.Root, err), removeNew(d.pins, before))
 	}
 	return nil
 }
@@ -176,39 +186,21 @@ const (
 )
 
 func incompatible(err error) error {
-	return hint(err, "another version of Bauta made them; its data plane goes on working",
-		"run the version that made them, or `bauta cleanup` first (running connections end)")
+	return hint(err, "another version of Bauta made them, not the previous minor one; its data plane goes on working",
+		"run the version that made them, upgrade one minor version at a time, or `bauta cleanup` first (running connections end)")
 }
 
-// size sets the number of flows: that of the tables there are, unless another was asked for.
-func (d *Datapath) size(spec *ebpf.CollectionSpec) error {
-	flows := d.opt.Flows
-	m, err := ebpf.LoadPinnedMap(filepath.Join(d.opt.Root, pinForward4), &ebpf.LoadPinOptions{ReadOnly: true})
-	switch {
-	case err == nil:
-		have := m.MaxEntries()
-		m.Close()
-		if flows != 0 && flows != have {
-			return hint(fmt.Errorf("bpf-nat-global-max: the tables in %s hold %d flows, %d were asked for", d.opt.Root, have, flows),
-				fmt.Sprintf("set bpf-nat-global-max to %d or leave it out", have),
-				"or run `bauta cleanup` first (running connections end)")
-		}
-		flows = have
-	case !errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("open pinned table %s: %w", pinForward4, err)
-	case flows == 0:
-		flows = d.opt.DefaultFlows
-	}
-	if flows == 0 {
-		flows = spec.Maps[pinForward4].MaxEntries
+// size sets the number of flows of new tables.
+func (d *Datapath) size(spec *ebpf.CollectionSpec) {
+	if d.flows == 0 {
+		d.flows = spec.Maps[pinForward4].MaxEntries
 	}
 	for _, name := range []string{pinForward4, pinForward6, pinReverse4, pinReverse6} {
-		spec.Maps[name].MaxEntries = flows
+		spec.Maps[name].MaxEntries = d.flows
 	}
 	for _, name := range []string{pinInbound4, pinInbound6} {
-		spec.Maps[name].MaxEntries = max(flows/inboundShare, 1)
+		spec.Maps[name].MaxEntries = max(d.flows/inboundShare, 1)
 	}
-	return nil
 }
 
 // Close lets go of the data plane; it stays attached and pinned. It may be called again.
@@ -216,15 +208,31 @@ func (d *Datapath) Close() error {
 	if d.lock == nil {
 		return nil
 	}
+	err := d.unload()
+	d.lock.Close() // and with it the lock
+	d.lock = nil
+	return err
+}
+
+func (d *Datapath) unload() (err error) {
 	for _, a := range d.attached {
 		a.release()
 	}
-	err := errors.Join(d.objs.Close(), d.raw.Close())
+	clear(d.attached)
+	if d.old != nil {
+		d.old.close()
+		if !d.old.committed && d.step("unload") == nil {
+			err = discardNext(d.opt.Root)
+		}
+		d.old = nil
+	}
+	err = errors.Join(err, d.objs.Close(), d.raw.Close())
+	d.objs, d.raw = objects{}, rawPrograms{}
 	if d.applied != nil {
 		d.applied.close()
+		d.applied = nil
 	}
-	d.lock.Close() // and with it the lock
-	d.lock = nil
+	d.taken = false
 	return err
 }
 

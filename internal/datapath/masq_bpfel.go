@@ -331,7 +331,7 @@ type masqState struct {
 	Active     uint32
 	Layout     uint32
 	LearnUntil uint32
-	Pad        uint32
+	Heartbeat  uint32
 	Seed       uint64
 }
 

@@ -117,6 +117,12 @@ func removeStale(root string) error {
 	return nil
 }
 
+// attachmentPin tells whether a pin belongs to a device and not to the tables.
+func attachmentPin(name string) bool {
+	_, _, ok := parsePinLink(name)
+	return ok || strings.HasPrefix(name, markPrefix)
+}
+
 // replacePin pins an object at path, over what is there, without a moment in between.
 func replacePin(pin func(string) error, path string) error {
 	tmp := path + newSuffix

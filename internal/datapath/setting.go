@@ -106,6 +106,11 @@ func gcd(a, b uint32) uint32 {
 // outlive a change of the pool, and the node's packets must go on minding them.
 func (d *Datapath) guardOldPools(s *masqSetting) error {
 	s.Guarded = s.InPool
+	if d.old != nil {
+		for i, w := range d.old.guarded {
+			s.Guarded[i] |= w
+		}
+	}
 	st, err := d.state()
 	if err != nil || st.Active == noGeneration {
 		return err

@@ -3,39 +3,11 @@ package datapath
 import (
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
-
-// checkLayout refuses tables of another layout before anything is touched.
-func checkLayout(root string) error {
-	m, err := ebpf.LoadPinnedMap(filepath.Join(root, pinControl), nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("open pinned table %s: %w", pinControl, err)
-	}
-	defer m.Close()
-	b, err := m.LookupBytes(uint32(0))
-	if err != nil {
-		return fmt.Errorf("read control: %w", err)
-	}
-	const at = 4 // of state.layout, in every version
-	if len(b) < at+4 {
-		return incompatible(fmt.Errorf("take over the tables in %s: unknown layout", root))
-	}
-	if layout := binary.NativeEndian.Uint32(b[at:]); layout != mapLayout && layout != 0 {
-		return incompatible(fmt.Errorf("take over the tables in %s: layout %d, this version has %d", root, layout, mapLayout))
-	}
-	return nil
-}
 
 // initState fills control when its map is new.
 func (d *Datapath) initState() (masqState, error) {
@@ -46,7 +18,10 @@ func (d *Datapath) initState() (masqState, error) {
 	var seed [8]byte
 	rand.Read(seed[:])
 	st = masqState{Active: noGeneration, Layout: mapLayout, Seed: binary.NativeEndian.Uint64(seed[:])}
-	return st, d.setState(st)
+	if d.old != nil {
+		st.Seed, st.LearnUntil = d.old.seed, d.old.learnUntil
+	}
+	return st, d.changeState(func(now *masqState) { *now = st })
 }
 
 func (d *Datapath) state() (st masqState, err error) {
@@ -56,11 +31,28 @@ func (d *Datapath) state() (st masqState, err error) {
 	return st, nil
 }
 
-func (d *Datapath) setState(st masqState) error {
+// changeState changes control. Walk does so in a goroutine of its own.
+func (d *Datapath) changeState(change func(*masqState)) error {
+	d.control.Lock()
+	defer d.control.Unlock()
+	st, err := d.state()
+	if err != nil {
+		return err
+	}
+	change(&st)
 	if err := d.objs.Control.Put(uint32(0), st); err != nil {
 		return fmt.Errorf("write control: %w", err)
 	}
 	return nil
+}
+
+// beat says that the agent takes care of expired flows.
+func (d *Datapath) beat() error {
+	now, err := monotonicSeconds()
+	if err != nil {
+		return err
+	}
+	return d.changeState(func(st *masqState) { st.Heartbeat = now })
 }
 
 // startLearning opens the window in which connections that were there before us
@@ -74,8 +66,7 @@ func (d *Datapath) startLearning() error {
 	if err != nil {
 		return err
 	}
-	st.LearnUntil = now + uint32(learnWindow/time.Second)
-	return d.setState(st)
+	return d.changeState(func(st *masqState) { st.LearnUntil = now + uint32(learnWindow/time.Second) })
 }
 
 // monotonic is the clock of the data plane, since some moment.

@@ -17,6 +17,9 @@ type PortSearches struct {
 // PortSearches reads how the searches for ports went.
 func (i *Inspector) PortSearches() (PortSearches, error) {
 	var all [masqStatSTATS]uint64
+	if i.old {
+		return PortSearches{}, nil
+	}
 	for n := range all {
 		var perCPU []uint64
 		if err := i.maps[pinStats].Lookup(uint32(n), &perCPU); err != nil {

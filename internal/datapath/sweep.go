@@ -107,7 +107,11 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 // same time as any of them but Close, which waits for nobody. Two walks follow one
 // another.
 func (d *Datapath) Walk(ctx context.Context) (Swept, error) {
-	return d.sweeper.walk(ctx)
+	s, err := d.sweeper.walk(ctx)
+	if err == nil && s.generation != 0 {
+		err = d.beat()
+	}
+	return s, err
 }
 
 // Drain detaches devices that are no masquerade devices any more, once a walk that

@@ -178,7 +178,9 @@ func TestConnectionsSurviveTheAgent(t *testing.T) {
 			n.restart("--snat-port-range=20000-29999", "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+n.writeList("10.0.0.0/8"))
 		}},
 		{"upgraded", func() { n.bin = upgradeBin; n.restart() }},
+		{"larger tables", func() { n.restart("--bpf-nat-global-max=131072"); n.expectTables(131072) }},
 		{"on tcx", func() { n.noTCX = false; n.restart(); n.expectHook("tcx") }},
+		{"smaller tables", func() { n.restart("--bpf-nat-global-max=32768"); n.expectTables(32768) }},
 		{"crashed and back", func() { n.kill(); n.start(n.agent.args...) }},
 		{"back on clsact", func() { n.noTCX = true; n.restart(); n.expectHook("tc") }},
 	}
@@ -208,6 +210,14 @@ func TestConnectionsSurviveTheAgent(t *testing.T) {
 	}
 	if c := n.counts(); c["masq-new"] > connections+10 || c["masq-known"] < uint64(connections) {
 		t.Errorf("counts: %v", c)
+	}
+}
+
+// expectTables checks the size of the tables.
+func (n *node) expectTables(flows int) {
+	n.t.Helper()
+	if f := n.status().Flows; f.IPv4.Limit != flows || f.IPv6.Limit != flows {
+		n.t.Fatalf("flows: %+v, want a limit of %d", f, flows)
 	}
 }
 
