@@ -200,11 +200,14 @@ static __always_inline void claim_count(const struct claim *c)
 
 /* Finds and reserves an external port for s->flow at the address in s->reverse. bits: FLOW_* of
  * the mapping. OUT_CONTINUE: s->reverse is ours. */
-static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch *s,
-					  const struct setting *set, enum pool pool, __u8 bits)
+static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch *s, enum pool pool,
+					  __u8 bits)
 {
-	__u32 limit = MAX_CANDIDATES;
+	__u32 generation = 0, limit = MAX_CANDIDATES;
+	struct setting *set = policy_settings(&generation);
 
+	if (!set)
+		return OUT_DROP_NO_POLICY;
 	s->claim.pool = pool;
 	s->claim.bits = bits;
 	s->claim.outcome = OUT_DROP_NO_PORT;

@@ -55,6 +55,8 @@ volatile const __u8 have_csum_ipv6 = 0;
 /* ICMP errors that tell a pod why it was refused: one in this time, and so many at once. */
 #define ANSWER_NS 100000000ULL
 #define ANSWER_BURST 10
+/* Bytes of a quoted packet that are summed at once: what bpf_csum_diff takes. */
+#define ANSWER_CHUNK 512
 /* Seconds in which a port of an ended mapping goes to nobody but its last owner (RFC 6888 REQ-8). */
 #define QUARANTINE_SECONDS 120
 /* Seconds an external port may be held by a half-made mapping (a crash between two inserts). */

@@ -153,14 +153,14 @@ static __always_inline enum pool egress_pool(const struct packet *pkt)
 
 /* Maps a new flow to a port of the address in s->reverse. OUT_CONTINUE: the mapping is in s->to. */
 static __always_inline enum outcome egress_claim(struct __sk_buff *skb, struct scratch *s,
-						 const struct setting *set, __u8 bits)
+						 __u8 bits)
 {
 	struct packet *pkt = &s->packet;
 	enum outcome out;
 	__u32 now;
 	long err;
 
-	out = claim_port(skb, s, set, egress_pool(pkt), bits);
+	out = claim_port(skb, s, egress_pool(pkt), bits);
 	if (out)
 		return out;
 	s->to.port = s->reverse.lport;
@@ -203,12 +203,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 {
 	bool host = bits & FLOW_HOST;
 	enum outcome out = OUT_CONTINUE;
-	struct setting *set;
-	__u32 generation = 0;
 
-	set = policy_settings(&generation);
-	if (!set)
-		return OUT_DROP_NO_POLICY;
 	s->claim.heavy = 0;
 	if (!host)
 		out = quota_admit(skb);
@@ -216,7 +211,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 		return out;
 	s->reverse = s->flow;
 	s->reverse.local = s->to.addr;
-	out = egress_claim(skb, s, set, bits);
+	out = egress_claim(skb, s, bits);
 	if (out && !host)
 		quota_refuse(skb, out);
 	if (out)

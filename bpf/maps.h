@@ -410,6 +410,7 @@ struct scratch {
 	union flow_entry entry; /* what flow_add() inserts */
 	struct datagram datagram; /* of the fragment at hand, at ingress */
 	__u8 header[60]; /* a quoted IPv4 header */
+	__u8 quoted[ANSWER_CHUNK + 4]; /* a piece of what an ICMP error of ours quotes */
 	__u64 tick; /* outlive the packet: see now_seconds() */
 	__u32 second;
 };

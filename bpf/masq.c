@@ -30,6 +30,7 @@
 #include "fragment.h"
 #include "hold.h"
 #include "egress.h"
+#include "refuse.h"
 #include "ingress.h"
 #include "reap.h"
 
@@ -55,11 +56,14 @@ static __always_inline struct scratch *begin(struct __sk_buff *skb)
 static __always_inline int run_egress(struct __sk_buff *skb, __u32 link_header)
 {
 	struct scratch *s = begin(skb);
+	enum outcome out;
+	int verdict;
 
 	if (!s)
 		return TC_ACT_SHOT; /* impossible: an array always has its element */
-	return finish(&s->packet, EGRESS,
-		      parse_packet(skb, &s->packet, link_header) ?: egress(skb, s));
+	out = parse_packet(skb, &s->packet, link_header) ?: egress(skb, s);
+	verdict = finish(&s->packet, EGRESS, out);
+	return refuse_is_told(out) ? refuse_tell(skb) : verdict;
 }
 
 /* At ingress nothing unreadable is dropped: it may be the node's. */

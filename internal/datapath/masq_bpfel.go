@@ -281,7 +281,7 @@ type masqScratch struct {
 	}
 	Datagram masqDatagram
 	Header   [60]uint8
-	_        [4]byte
+	Quoted   [516]uint8
 	Tick     uint64
 	Second   uint32
 	_        [4]byte

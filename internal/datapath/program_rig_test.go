@@ -29,8 +29,9 @@ type rig struct {
 
 // Verdicts of the tc hooks (linux/pkt_cls.h).
 const (
-	verdictNext = ^uint32(0) // TC_ACT_UNSPEC
-	verdictDrop = 2          // TC_ACT_SHOT
+	verdictNext     = ^uint32(0) // TC_ACT_UNSPEC
+	verdictDrop     = 2          // TC_ACT_SHOT
+	verdictRedirect = 7          // TC_ACT_REDIRECT
 )
 
 const rigFlows = 256
@@ -133,6 +134,8 @@ func runPrograms(t *testing.T, r *rig) {
 		{"QuotaShare", testQuotaShare},
 		{"QuotaRefusalRemembered", testQuotaRefusalRemembered},
 		{"PortClass", testPortClass},
+		{"RefusalIsTold", testRefusalIsTold},
+		{"RefusalIsNotTold", testRefusalIsNotTold},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, r.on(t)) })
 	}
@@ -305,6 +308,7 @@ type result struct {
 	outcome policy.Outcome
 	moved   map[policy.Outcome]uint64 // by how much each counter of this direction moved
 	data    []byte
+	told    bool // a forwarded packet that was refused went back as an ICMP error
 }
 
 // run runs a program on a frame that leaves or arrives at dev, and checks that
@@ -329,7 +333,8 @@ func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbC
 	if v := res.outcome.Verdict(); v == policy.Drop || v == policy.Hold {
 		want = verdictDrop
 	}
-	if verdict != want && repeat == 1 {
+	res.told = ctx.IngressIfindex != 0 && verdict == verdictRedirect
+	if verdict != want && repeat == 1 && !res.told {
 		r.t.Fatalf("%s: %s with verdict %d, want %d", dir, res.outcome, int32(verdict), int32(want))
 	}
 	if res.outcome.Verdict() == policy.Pass && !slices.Equal(res.data, frame) {
