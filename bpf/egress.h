@@ -68,7 +68,7 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->src, &s->to.addr)))
 		return OUT_DROP_REWRITE;
-	return rewrite_addr(skb, pkt, SOURCE, &s->to.addr) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
+	return rewrite_addr(skb, pkt, SOURCE, &s->to.addr, 0) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
 }
 
 /* The reverse half of the flow at hand, if there is one; its content goes to s->owner. */

@@ -49,5 +49,6 @@ static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct pac
 	if (v->outcome != OUT_MASQ_FRAGMENT)
 		return v->outcome;
 	addr = v->addr;
-	return rewrite_addr(skb, pkt, side, &addr) ? OUT_DROP_REWRITE : OUT_MASQ_FRAGMENT;
+	return rewrite_addr(skb, pkt, side, &addr, BPF_F_RECOMPUTE_CSUM) ? OUT_DROP_REWRITE
+									 : OUT_MASQ_FRAGMENT;
 }

@@ -27,7 +27,8 @@ static __noinline enum outcome ingress_error(struct __sk_buff *skb, struct scrat
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->dst, &s->to.addr)))
 		return OUT_DROP_REWRITE;
-	return rewrite_addr(skb, pkt, DESTINATION, &s->to.addr) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
+	return rewrite_addr(skb, pkt, DESTINATION, &s->to.addr, 0) ? OUT_DROP_REWRITE
+								   : OUT_MASQ_ERROR;
 }
 
 static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct scratch *s,

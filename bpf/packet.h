@@ -44,7 +44,7 @@ struct packet {
 	__be32 fragment_id;
 	__be16 ip_checksum; /* IPv4 */
 	__u8 chunk; /* SCTP: type of the first one */
-	__u8 pad;
+	__u8 no_checksum; /* UDP: the field is zero */
 	__u32 l3, l4; /* offsets of the headers from the start of the data */
 	__u32 end; /* offset behind the packet, by the IP header */
 	__u32 segments, bytes; /* what counters add: GSO segments, bytes from the IP header on */

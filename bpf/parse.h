@@ -157,6 +157,8 @@ static __always_inline void parse_transport(struct __sk_buff *skb, struct packet
 	pkt->dport = h.dport;
 	if (pkt->proto == IPPROTO_TCP)
 		pkt->tcp_flags = h.flags;
+	pkt->no_checksum = pkt->proto == IPPROTO_UDP &&
+			   !h.sequence; /* where UDP has its checksum */
 	pkt->chunk = h.chunk;
 }
 

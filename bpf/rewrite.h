@@ -127,9 +127,10 @@ static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const s
 }
 
 /* Writes the address in the IP header; in IPv4 the checksum stands before both addresses, and one
- * store writes it with them. */
+ * store writes it with them, so that the sum of the packet (skb->csum) stays. In IPv6 it stays if
+ * a transport checksum took the difference up; else the flag must be BPF_F_RECOMPUTE_CSUM. */
 static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *pkt, enum side side,
-					 const struct addr *to)
+					 const struct addr *to, __u64 flag)
 {
 	struct {
 		__be16 pad, checksum;
@@ -137,7 +138,7 @@ static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *p
 	} h = { .src = to->w[3], .dst = to->w[3] };
 
 	if (!is_ipv4(pkt))
-		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 8 : 24), to, 16, 0);
+		return bpf_skb_store_bytes(skb, pkt->l3 + (side == SOURCE ? 8 : 24), to, 16, flag);
 	h.checksum = csum_apply(pkt->ip_checksum, addr_diff(pkt, packet_addr(pkt, side), to));
 	if (side == SOURCE)
 		return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.checksum, 6, 0);
@@ -156,26 +157,27 @@ static __always_inline bool port_is_fixed(const struct packet *pkt)
 static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, enum side side,
 				    struct endpoint *to)
 {
-	__u32 sum = checksum_offset(pkt);
+	__u32 sum = pkt->no_checksum ? 0 : checksum_offset(pkt);
+	__u64 recompute = sum ? 0 : BPF_F_RECOMPUTE_CSUM;
 	__be16 old_port = packet_port(pkt, side);
 	struct addr *from = packet_addr(pkt, side);
 
-	if (pkt->kind != KIND_LATER && sum && has_pseudo_header(pkt) &&
-	    !addr_equal(from, &to->addr)) {
+	if (sum && has_pseudo_header(pkt) && !addr_equal(from, &to->addr)) {
 		if (rewrite_pseudo_header(skb, pkt, pkt->l4 + sum, addr_diff(pkt, from, &to->addr)))
 			return -1;
 	}
-	if (pkt->kind != KIND_LATER && pkt->kind != KIND_BARE && to->port != old_port) {
+	if (pkt->kind != KIND_BARE && to->port != old_port) {
 		__u64 flags = 2 | (zero_checksum_is_special(pkt) ? BPF_F_MARK_MANGLED_0 : 0);
 
 		if (sum && bpf_l4_csum_replace(skb, pkt->l4 + sum, old_port, to->port, flags))
 			return -1;
-		if (!sum && crc32c_correct(skb, pkt->l4, pkt->end - pkt->l4,
-					   ports_diff(pkt, side, to->port), BPF_F_RECOMPUTE_CSUM))
+		if (pkt->proto == IPPROTO_SCTP &&
+		    crc32c_correct(skb, pkt->l4, pkt->end - pkt->l4,
+				   ports_diff(pkt, side, to->port), BPF_F_RECOMPUTE_CSUM))
 			return -1;
 		if (bpf_skb_store_bytes(skb, pkt->l4 + port_offset(pkt, side), &to->port, 2,
-					sum ? 0 : BPF_F_RECOMPUTE_CSUM))
+					recompute))
 			return -1;
 	}
-	return rewrite_addr(skb, pkt, side, &to->addr);
+	return rewrite_addr(skb, pkt, side, &to->addr, recompute);
 }

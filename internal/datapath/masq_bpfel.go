@@ -215,7 +215,7 @@ type masqScratch struct {
 		FragmentId    uint32
 		IpChecksum    uint16
 		Chunk         uint8
-		Pad           uint8
+		NoChecksum    uint8
 		L3            uint32
 		L4            uint32
 		End           uint32
@@ -239,7 +239,7 @@ type masqScratch struct {
 		FragmentId    uint32
 		IpChecksum    uint16
 		Chunk         uint8
-		Pad           uint8
+		NoChecksum    uint8
 		L3            uint32
 		L4            uint32
 		End           uint32
