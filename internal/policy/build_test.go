@@ -213,3 +213,24 @@ func ExamplePolicy_Decide() {
 	// pass-nonmasq 172.16.0.0/12 from test
 	// masq-new as 192.0.2.1
 }
+
+// The defaults are what RFC 4787 REQ-5, RFC 5382 REQ-5, RFC 5508 REQ-2 and RFC 7857
+// ask for at least.
+func TestDefaultTimeouts(t *testing.T) {
+	d := policy.DefaultTimeouts
+	for _, c := range []struct {
+		name       string
+		got, least time.Duration
+	}{
+		{"TCP before it is established", d.TCPSyn, 4 * time.Minute},
+		{"TCP established", d.TCPEstablished, 2*time.Hour + 4*time.Minute},
+		{"TCP closing", d.TCPClosing, 4 * time.Minute},
+		{"UDP", d.UDP, 2 * time.Minute},
+		{"UDP answered", d.UDPStream, 5 * time.Minute},
+		{"ICMP query", d.ICMP, time.Minute},
+	} {
+		if c.got < c.least {
+			t.Errorf("%s: %v, want at least %v", c.name, c.got, c.least)
+		}
+	}
+}

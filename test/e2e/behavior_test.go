@@ -94,6 +94,11 @@ func TestNATBehavior(t *testing.T) {
 	}, stun, n.WorldAddr.V4.String()+":4478", "-p", "40010")
 	tools.Wait()
 	wire.check(t)
+	for _, a := range append(n.WorldAddr.All(), secondWorld.All()...) {
+		if strings.Contains(n.log.String(), a.String()) {
+			t.Errorf("the agent's log names the destination %s (RFC 6888 REQ-12)", a)
+		}
+	}
 }
 
 // runInWorld starts a server that ends with the test, and returns its output.
