@@ -12,8 +12,7 @@ import (
 func (f family) large() []kind {
 	var out []kind
 	for _, k := range f.kinds() {
-		atomic := slices.ContainsFunc(k.p.Extensions, func(x packet.Extension) bool { return x.Proto == packet.Fragment })
-		if atomic {
+		if isAtomic(k.p) {
 			continue
 		}
 		k.p.Payload, k.p.ID = slices.Repeat([]byte("0123456789"), 300), 0x1234
@@ -23,6 +22,11 @@ func (f family) large() []kind {
 		out = append(out, k)
 	}
 	return out
+}
+
+// isAtomic tells whether p has a fragment header although it is whole (RFC 6946).
+func isAtomic(p packet.Packet) bool {
+	return slices.ContainsFunc(p.Extensions, func(x packet.Extension) bool { return x.Proto == packet.Fragment })
 }
 
 const fragmentSize = 1400

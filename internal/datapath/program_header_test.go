@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 
+	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/internal/lab/packet"
 	"bauta.dev/bauta/internal/policy"
 )
@@ -54,6 +55,9 @@ func (f family) conversation(p, out packet.Packet) []turn {
 	}
 	for _, v := range f.views(p, out) {
 		steps = append(steps, turn{v.dir, f.unreachable(v.about, v.src).Build(), policy.MasqError, f.unreachable(v.wantFor, v.wantSrc).Build()})
+	}
+	if isAtomic(p) || p.Proto == packet.SCTP && p.SrcPort != out.SrcPort {
+		return steps // has its fragment header, or can't be fragmented
 	}
 	p.Payload, out.Payload = make([]byte, 400), make([]byte, 400)
 	for _, d := range []struct {
@@ -148,6 +152,43 @@ func testAcceleratedTags(t *testing.T, r *rig) {
 					if moved := r.moved(s.dir); len(moved) != 1 || moved[s.outcome] != 1 {
 						t.Fatalf("%x, %s, step %d: %v, want %s", tags, k.name, i, moved, s.outcome)
 					}
+				}
+			}
+		}
+	})
+}
+
+// testRunComplete is BPF_F_TEST_SKB_CHECKSUM_COMPLETE (6.11): skb->csum is the
+// sum of the packet, as of a network card that computes it, and the run fails with
+// EBADMSG if it no longer is afterwards.
+const testRunComplete = 1 << 2
+
+// As TestChecksumComplete, for every kind of packet, its errors and its fragments: the
+// sum follows every change, above all in IPv6 and where the packet has no checksum
+// that makes up for it.
+func testCompleteKinds(t *testing.T, r *rig) {
+	labtest.Kernel(t, labtest.CompleteRun)
+	r.apply(r.familyInput())
+	complete := func(c turn) ([]byte, error) {
+		prog, err := r.d.program(c.dir, true)
+		r.must(err)
+		opt := ebpf.RunOptions{Data: c.frame, DataOut: make([]byte, len(c.frame)+64), Flags: testRunComplete,
+			Context: skbContext{Ifindex: uint32(r.device["eth0"])}}
+		_, err = prog.Run(&opt)
+		return opt.DataOut, err
+	}
+	eachFamily(t, r, func(r *rig, f family) {
+		for _, k := range f.kinds() {
+			for _, port := range []uint16{keptPort, changedPort} {
+				r.clear()
+				p := k.p.From(f.pod, port)
+				out := r.translate(p, policy.MasqNew, f.node)
+				for _, c := range f.conversation(p, out)[1:] {
+					got, err := complete(c)
+					if err != nil || !slices.Equal(got, c.want) {
+						t.Fatalf("%s from port %d, %s: %s: %v\n want %x\n got  %x", k.name, port, c.dir, c.outcome, err, c.want, got)
+					}
+					r.moved(c.dir)
 				}
 			}
 		}

@@ -107,6 +107,7 @@ func runPrograms(t *testing.T, r *rig) {
 		{"Tags", testTags},
 		{"AcceleratedTags", testAcceleratedTags},
 		{"Extensions", testExtensions},
+		{"CompleteKinds", testCompleteKinds},
 		{"HostClaimsPorts", testHostClaimsPorts},
 		{"SCTPLengths", testSCTPLengths},
 		{"SCTPOffloaded", testSCTPOffloaded},

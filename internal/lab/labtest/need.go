@@ -34,6 +34,7 @@ var (
 	BPFLoop     = Feature{"bpf_loop", 5, 17}
 	RingBuffer  = Feature{"BPF ring buffer", 5, 8}
 	BatchLookup = Feature{"batched map operations", 5, 6}
+	CompleteRun = Feature{"test run with CHECKSUM_COMPLETE", 6, 11}
 )
 
 // Root stops a test that runs without root.
