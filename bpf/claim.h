@@ -8,6 +8,9 @@
  * again after a loss of state. Ports below 1024 are for sources below 1024 (RFC 4787 REQ-3), if
  * the pool has any. A pod beyond its fair share leaves the upper part of the pool to the others.
  *
+ * A port of a mapping that has ended goes to nobody else for a while (RFC 6888 REQ-8): the reaper
+ * leaves the reverse entry, dead, and only its last owner revives it.
+ *
  * Reserving is inserting the reverse entry if absent; the bucket lock makes that atomic.
  * Order: reverse, forward, then the packet leaves, so no reply can miss. A crash in between
  * leaves an orphan that the reaper takes.
@@ -98,6 +101,25 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 	return !c->heavy || bpf_ntohs(*port) < c->limit;
 }
 
+/* Makes the dead entry of s->reverse what s->entry would have been, if it is the flow's own. The
+ * reaper may delete it at the same time; egress_confirm() looks after the forward half is there. */
+static __noinline bool claim_revive(struct scratch *s)
+{
+	struct flow *f = flow_read(REVERSE, &s->reverse, &s->owner);
+
+	if (!f || !flow_is_dead(f, &s->reverse) ||
+	    !endpoint_is(&s->owner, &s->flow.local, s->flow.lport))
+		return false;
+	f->seen = s->entry.flow.seen;
+	f->created = s->entry.flow.created;
+	f->packets = 0;
+	f->bytes = 0;
+	f->bits = s->entry.flow.bits;
+	asm volatile("" ::: "memory"); /* the tag is written last */
+	f->tag = flow_tag(&s->reverse);
+	return true;
+}
+
 /* Tries candidate i; true ends the search. */
 static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 				      const struct setting *set, __u32 i)
@@ -123,10 +145,11 @@ static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 	s->entry.flow = (struct flow){ .port = s->flow.lport, .bits = s->claim.bits };
 	s->entry.flow.seen = s->entry.flow.created = now_seconds();
 	err = flow_add(REVERSE, &s->reverse, &s->entry, &s->flow.local);
-	if (err == -EEXIST)
+	if (err == -EEXIST && !claim_revive(s))
 		return false;
+	s->claim.reused = err == -EEXIST;
 	s->claim.outcome = OUT_CONTINUE;
-	if (err)
+	if (err && err != -EEXIST)
 		s->claim.outcome = err == -E2BIG ? OUT_DROP_TABLE_FULL : OUT_DROP_MAP_ERROR;
 	return true;
 }

@@ -99,7 +99,7 @@ static __noinline bool egress_confirm(struct __sk_buff *skb, struct scratch *s, 
 		return false;
 	s->entry.flow =
 		(struct flow){ .seen = now, .created = now, .port = s->flow.lport, .bits = bits };
-	return flow_add(REVERSE, &s->reverse, &s->entry, &s->flow.local) == 0;
+	return flow_add(REVERSE, &s->reverse, &s->entry, &s->flow.local) == 0 || claim_revive(s);
 }
 
 /* A SYN on a mapping that has seen more than SYNs opens a new connection on it: both halves

@@ -75,8 +75,8 @@ static __always_inline __u8 flow_tag(const struct tuple *t)
 	return (h * 0xc2b2ae35) >> 24;
 }
 
-/* Finds the entry of t and copies the translated address and port out. */
-static __always_inline struct flow *flow_find(enum table table, const struct tuple *t,
+/* Reads the element of t, whatever its tag says: see flow_find() and flow_is_dead(). */
+static __always_inline struct flow *flow_read(enum table table, const struct tuple *t,
 					      struct endpoint *to)
 {
 	struct flow *f;
@@ -103,7 +103,30 @@ static __always_inline struct flow *flow_find(enum table table, const struct tup
 	}
 	to->port = f->port;
 	asm volatile("" ::: "memory"); /* the tag is read last */
-	return f->tag == flow_tag(t) ? f : NULL;
+	return f;
+}
+
+/* Finds the entry of t and copies the translated address and port out. */
+static __always_inline struct flow *flow_find(enum table table, const struct tuple *t,
+					      struct endpoint *to)
+{
+	struct flow *f = flow_read(table, t, to);
+
+	return f && f->tag == flow_tag(t) ? f : NULL;
+}
+
+/* Is this the reverse half of a mapping that has ended? It keeps the port for its last owner. Its
+ * tag is turned over: every look-up misses it, and no insertion takes its place. */
+static __always_inline bool flow_is_dead(const struct flow *f, const struct tuple *t)
+{
+	return f->tag == (__u8)~flow_tag(t);
+}
+
+static __always_inline void flow_bury(struct flow *f, const struct tuple *t, __u32 now)
+{
+	f->seen = now; /* when that was */
+	f->bits |= FLOW_DEAD;
+	f->tag = ~flow_tag(t);
 }
 
 /* Inserts an entry for t unless there is one: 0, or -EEXIST, -E2BIG (full), another errno. The

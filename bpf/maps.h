@@ -37,7 +37,7 @@ struct tuple4 {
 #define FLOW_HOST 0x10 /* the inner socket is the node's own */
 #define FLOW_OUT 0x20 /* inbound table only: answered by the pod */
 #define FLOW_OUT_FIN 0x40 /* inbound table only: closed by the pod */
-#define FLOW_DEAD 0x80 /* reverse table only: for readers; what counts is the tag, see flow.h */
+#define FLOW_DEAD 0x80 /* reverse table only: for readers; what counts is flow_is_dead() */
 
 struct flow {
 	__u32 seen; /* second of the monotonic clock of this direction's last packet */

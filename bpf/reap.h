@@ -36,6 +36,18 @@ static __always_inline bool reap_due(const struct setting *set, __u32 timer, __u
 	return idle > limit;
 }
 
+/* Does the port of a mapping that ends wait for its last owner? Not one of TCP that was closed: its
+ * last timer was the wait. Nor under pressure: room for others is worth more. */
+static __always_inline bool reap_quarantines(const struct reap_record *rec, __u32 timer, __u8 bits)
+{
+	__u8 proto = rec->key.proto;
+
+	if (rec->force || rec->percent < 100 || bits & FLOW_HOST || timer == TIMER_TCP_CLOSING)
+		return false;
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_UDPLITE ||
+	       proto == IPPROTO_SCTP;
+}
+
 static __always_inline int reap_forward(const struct reap_record *rec, const struct setting *set,
 					__u32 now)
 {
@@ -67,12 +79,26 @@ static __always_inline int reap_forward(const struct reap_record *rec, const str
 		return 0;
 	/* Reverse first. A packet that meets the forward half alone confirms it and heals; the other
 	 * way round a new forward half could be added to a reverse half that is about to go, and
-	 * another flow could get its port. */
-	if (r)
+	 * another flow could get its port. Dead is gone, to all but the flow's own next packet, which
+	 * revives it. */
+	if (r && reap_quarantines(rec, timer, bits))
+		flow_bury(r, &rev, now);
+	else if (r)
 		flow_delete(REVERSE, &rev);
 	flow_delete(FORWARD, t);
 	if (!(bits & FLOW_HOST))
 		quota_return(&t->local);
+	return 1;
+}
+
+/* A dead entry goes when its time is over, or the port is wanted. */
+static __always_inline int reap_dead(const struct reap_record *rec, struct flow *r, __u32 now)
+{
+	if (!rec->force && rec->percent >= 100 && (__s32)(now - r->seen) <= QUARANTINE_SECONDS) {
+		r->bits |= FLOW_DEAD; /* a last packet may have cleared it */
+		return 0;
+	}
+	flow_delete(REVERSE, &rec->key);
 	return 1;
 }
 
@@ -84,8 +110,10 @@ static __always_inline int reap_reverse(const struct reap_record *rec, __u32 now
 	struct endpoint inner, external;
 	struct flow *r;
 
-	r = flow_find(REVERSE, t, &inner);
-	if (!r)
+	r = flow_read(REVERSE, t, &inner);
+	if (r && flow_is_dead(r, t))
+		return reap_dead(rec, r, now);
+	if (!r || r->tag != flow_tag(t))
 		return 0;
 	fwd.local = inner.addr;
 	fwd.lport = inner.port;

@@ -39,9 +39,19 @@ const (
 	bitHost   = 0x10
 	bitOut    = 0x20
 	bitOutFin = 0x40
+	bitDead   = 0x80
 )
 
 func (e flowEntry) host() bool { return e.bits&bitHost != 0 }
+
+// dead tells whether this is what a mapping that has ended left in the reverse
+// table: nobody but its last owner may have the port for a while.
+func (e flowEntry) dead() bool { return e.bits&bitDead != 0 }
+
+// inner is the key of the forward half of a reverse entry.
+func (e flowEntry) inner() flowKey {
+	return flowKey{local: e.xlate, remote: e.key.remote, proto: e.key.proto}
+}
 
 // flowTables are the tables of one family.
 type flowTables struct {

@@ -303,6 +303,18 @@ func (t flowTables) flush(r *reaper, f Filter) error {
 			return err
 		}
 	}
+	dead := reaper{prog: r.prog} // no mappings any more
+	for e, err := range t.all(t.reverse) {
+		if err == nil && e.dead() && f.selects(flowEntry{key: e.inner()}, false) {
+			err = dead.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapReverse, Force: 1})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := dead.flush(ctx); err != nil {
+		return err
+	}
 	for e, err := range t.allInbound() {
 		if err == nil && f.selects(e, true) {
 			err = r.add(ctx, masqReapRecord{Key: e.key.tuple(), Table: reapInbound, Force: 1})

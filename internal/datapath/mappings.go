@@ -40,7 +40,7 @@ func (i *Inspector) Mappings(f Filter) ([]Mapping, error) {
 				continue
 			}
 			r, ok := t.find(t.reverse, e.reverseKey())
-			if ok = ok && r.xlate == e.key.local; !ok {
+			if ok = ok && r.xlate == e.key.local && !r.dead(); !ok {
 				r = flowEntry{}
 			}
 			out = append(out, e.leaving(now, e.state(r)))

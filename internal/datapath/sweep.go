@@ -40,8 +40,10 @@ type sweeper struct {
 	walking sync.Mutex    // around what follows
 	tables  [2]flowTables // IPv4, IPv6
 	quota   quota
-	last    [2]Usage // of the previous walk: the kernel keeps no count of a preallocated table
-	seed    uint64   // of the next orphan filter
+	last    [2]Usage       // of the previous walk: the kernel keeps no count of a preallocated table
+	buried  [2]int         // dead entries that it left
+	graves  map[uint64]int // the same by remote, see portTally
+	seed    uint64         // of the next orphan filter
 }
 
 func newSweeper(objs *objects) *sweeper {
@@ -139,6 +141,7 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 		return out, err
 	}
 	ports := newPortTally(facts.pool)
+	ports.graves = s.graves
 	if err := s.quota.begin(); err != nil {
 		return out, err
 	}
@@ -147,21 +150,22 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 		w := walker{
 			facts: &s.facts, timers: facts.timers, ctx: ctx, now: now, tables: t, ports: ports, quota: &s.quota, oldest: &out.oldest,
 			paired:  newPairFilter(s.last[i].Flows, s.seed),
-			expired: reaper{prog: s.prog}, vanished: reaper{prog: s.prog}, orphans: reaper{prog: s.prog},
+			expired: reaper{prog: s.prog}, vanished: reaper{prog: s.prog}, orphans: reaper{prog: s.prog}, dead: reaper{prog: s.prog}, buriedBefore: s.buried[i],
 			percent:        pressure(s.last[i].Flows, int(t.forward.MaxEntries())),
 			inboundPercent: pressure(s.last[i].Inbound, int(t.inbound.MaxEntries())),
 		}
 		s.seed++
-		err = errors.Join(w.walk(), w.expired.flush(ctx), w.vanished.flush(ctx), w.orphans.flush(ctx))
+		err = errors.Join(w.walk(), w.expired.flush(ctx), w.vanished.flush(ctx), w.orphans.flush(ctx), w.dead.flush(ctx))
 		out.Expired += w.expired.removed + w.expiredInbound
 		out.Vanished += w.vanished.removed
 		out.Orphans += w.orphans.removed
-		out.Usage[i], s.last[i] = w.usage, w.usage
+		out.Usage[i], s.last[i], s.buried[i] = w.usage, w.usage, w.kept
 		if err != nil {
 			return out, err
 		}
 	}
 	err = s.quota.settle(ctx, s.prog, facts.pool, out.Usage)
+	s.graves = ports.buried
 	out.Worst, out.Took = ports.worst(), time.Since(start)
 	return out, err
 }

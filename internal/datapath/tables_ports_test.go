@@ -62,7 +62,9 @@ func (b *bench) entries() (forward, reverse []flowEntry) {
 			if err != nil {
 				b.t.Fatal(err)
 			}
-			reverse = append(reverse, e)
+			if !e.dead() {
+				reverse = append(reverse, e)
+			}
 		}
 	}
 	return forward, reverse

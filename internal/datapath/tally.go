@@ -50,6 +50,8 @@ func (k flowKey) hash() uint64 { return maphash.Comparable(hashSeed, k) }
 type portTally struct {
 	most PortUse
 	used map[uint64]int
+	// Ports of ended mappings: that the walk before this one left, and that this one leaves.
+	graves, buried map[uint64]int
 }
 
 // portGroup is what a port must be unique within.
@@ -59,8 +61,22 @@ type portGroup struct {
 	remote netip.AddrPort
 }
 
+func (g portGroup) hash() uint64 { return maphash.Comparable(hashSeed, g) }
+
+// scarce tells whether so many ports towards the remote of a reverse entry are taken
+// that none can wait for an owner to come back.
+func (t *portTally) scarce(e flowEntry) bool {
+	h := portGroup{e.key.proto, e.key.local.Addr(), e.key.remote}.hash()
+	return t.used[h]+t.graves[h] > int(lowWater*float64(t.most.Pool))
+}
+
+// bury counts a port that waits.
+func (t *portTally) bury(e flowEntry) {
+	t.buried[portGroup{e.key.proto, e.key.local.Addr(), e.key.remote}.hash()]++
+}
+
 func newPortTally(pool int) *portTally {
-	return &portTally{PortUse{Pool: pool}, make(map[uint64]int)}
+	return &portTally{most: PortUse{Pool: pool}, used: make(map[uint64]int), buried: make(map[uint64]int)}
 }
 
 func (t *portTally) add(e flowEntry) {
@@ -69,7 +85,7 @@ func (t *portTally) add(e flowEntry) {
 	default:
 		return
 	}
-	h := maphash.Comparable(hashSeed, portGroup{e.key.proto, e.xlate.Addr(), e.key.remote})
+	h := portGroup{e.key.proto, e.xlate.Addr(), e.key.remote}.hash()
 	t.used[h]++
 	if t.used[h] > t.most.Used {
 		t.most.Used = t.used[h]

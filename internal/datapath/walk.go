@@ -29,6 +29,9 @@ type walker struct {
 	expired        reaper
 	vanished       reaper
 	orphans        reaper
+	dead           reaper
+	kept           int // dead entries
+	buriedBefore   int // that the previous walk kept
 	expiredInbound int
 }
 
@@ -103,6 +106,9 @@ func (w *walker) forward(e flowEntry) error {
 }
 
 func (w *walker) reverse(e flowEntry) error {
+	if e.dead() {
+		return w.buried(e)
+	}
 	if int32(*w.oldest-e.created) > 0 {
 		*w.oldest = e.created // a reopened connection keeps that of its first
 	}
@@ -110,10 +116,29 @@ func (w *walker) reverse(e flowEntry) error {
 		return w.orphans.add(w.ctx, masqReapRecord{Key: e.key.tuple(), Table: reapReverse, Percent: 100})
 	}
 	if timer, ok := e.reverseTimer(); ok && w.due(e.seen, timer, w.percent) {
-		inner := flowKey{local: e.xlate, remote: e.key.remote, proto: e.key.proto}
-		return w.expired.add(w.ctx, masqReapRecord{Key: inner.tuple(), Table: reapForward, Percent: w.percent})
+		return w.expired.add(w.ctx, masqReapRecord{Key: e.inner().tuple(), Table: reapForward, Percent: w.percent})
 	}
 	return nil
+}
+
+// quarantine is QUARANTINE_SECONDS of bpf/config.h.
+const quarantine = 120
+
+// buried looks at what an ended mapping left: it goes after a while, and earlier
+// where ports or entries are scarce.
+func (w *walker) buried(e flowEntry) error {
+	rec := masqReapRecord{Key: e.key.tuple(), Table: reapReverse, Percent: 100}
+	switch {
+	case !w.facts.Load().local[e.key.local.Addr()]:
+		rec.Force = 1
+	case w.percent < 100 || w.buriedBefore+w.usage.Flows > int(lowWater*float64(w.usage.Limit)) || w.ports.scarce(e):
+		rec.Percent = 0
+	case int32(w.now-e.seen) <= quarantine:
+		w.ports.bury(e)
+		w.kept++
+		return nil
+	}
+	return w.dead.add(w.ctx, rec)
 }
 
 func (w *walker) due(seen uint32, t timer, percent uint32) bool {
