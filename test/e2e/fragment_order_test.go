@@ -28,34 +28,23 @@ var orders = []struct {
 }
 
 // Fragments that overtake their first one reach the pod all the same: the reply is
-// sent by hand, fragment by fragment, and read from the pod's socket. Polycube's,
-// einat's and Cilium's translators drop what comes before its first fragment.
+// sent by hand, fragment by fragment, and read from the pod's socket. So do those for
+// the node itself. Cilium's translator drops what comes before its first fragment.
 func TestFragmentOrder(t *testing.T) {
 	t.Parallel()
 	rng := labtest.Rand(t)
 	eachHook(t, lab.Options{}, func(t *testing.T, n *node) {
 		for _, dst := range n.WorldAddr.All() {
-			c := n.correspond(t, n.Pods[0], dst)
-			for _, size := range []int{3000, 8000, 65507} {
-				for _, order := range orders {
-					rounds := 200_000 / size
-					lost := 0
-					for range rounds {
-						p := c.datagram(rng, size)
-						pieces := p.Fragments(1400)
-						order.of(rng, pieces)
-						c.send(t, pieces...)
-						if err := c.receive(p.Payload); err != nil {
-							lost++
-							t.Logf("%s, %d bytes, %s: %v", family(dst), size, order.name, err)
-						}
-					}
-					if lost > 0 {
-						t.Errorf("%s, %d bytes, %s: lost %d of %d", family(dst), size, order.name, lost, rounds)
+			for i, from := range []*lab.NS{n.Pods[0], n.Node} {
+				c := n.correspond(t, from, dst)
+				c.id = uint32(i) * 1000 // for 5 seconds an ID belongs to the flow that had it last
+				for _, size := range []int{3000, 8000, 65507} {
+					for _, order := range orders {
+						c.exchange(t, rng, size, order.name, order.of)
 					}
 				}
+				c.interleaved(t, rng)
 			}
-			c.interleaved(t, rng)
 		}
 		counts := n.counts()
 		t.Logf("hold-fragment %d, masq-fragment %d", counts["hold-fragment"], counts["masq-fragment"])
@@ -63,6 +52,25 @@ func TestFragmentOrder(t *testing.T) {
 			t.Errorf("counted %v", counts)
 		}
 	})
+}
+
+// exchange sends datagrams of a size whose fragments are in some order, one by one.
+func (c *correspondence) exchange(t *testing.T, rng *rand.Rand, size int, name string, order func(*rand.Rand, [][]byte)) {
+	t.Helper()
+	rounds, lost := 200_000/size, 0
+	for range rounds {
+		p := c.datagram(rng, size)
+		pieces := p.Fragments(1400)
+		order(rng, pieces)
+		c.send(t, pieces...)
+		if err := c.receive(p.Payload); err != nil {
+			lost++
+			t.Logf("%s, %d bytes, %s: %v", family(c.remote.Addr()), size, name, err)
+		}
+	}
+	if lost > 0 {
+		t.Errorf("%s, %d bytes, %s: lost %d of %d", family(c.remote.Addr()), size, name, lost, rounds)
+	}
 }
 
 // interleaved sends all later fragments of many datagrams before any first one.

@@ -72,7 +72,7 @@ func testDatagrams(t *testing.T, n *node, dst netip.Addr) {
 	}
 	defer c.Close()
 	var first netip.AddrPort
-	for _, size := range []int{1, 0, 511, 1452, 1453, 1472, 1473, 2960, 8000, 33000, 60000} {
+	for _, size := range []int{1, 0, 511, 1452, 1453, 1472, 1473, 2960, 8000, 33000, 60000, 65400} {
 		seen, err := lab.AskUDPOn(within(t, 10*time.Second), c, bytes.Repeat([]byte{byte(size)}, size))
 		if err != nil {
 			t.Errorf("udp, %d bytes: %v", size, err)
