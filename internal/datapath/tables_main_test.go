@@ -212,7 +212,7 @@ func nodePolicy(t testing.TB, topo *lab.Topology) policy.Input {
 
 // within is a context for one step of a test.
 func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), d)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Patience(d))
 	t.Cleanup(cancel)
 	return ctx
 }

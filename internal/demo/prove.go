@@ -28,7 +28,7 @@ func (d *demo) prove(ctx context.Context) error {
 	if err := d.startAgent(); err != nil {
 		return fmt.Errorf("start the agent: %w", err)
 	}
-	err := eventually(ctx, 10*time.Second, func() error {
+	err := eventually(ctx, time.Minute, func() error {
 		_, err := d.bauta(ctx, "status", "--brief")
 		return err
 	})

@@ -12,6 +12,7 @@ import (
 
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
 )
 
 // withoutTCX names the program that this test binary turns into, in a kernel that
@@ -50,6 +51,9 @@ func eachHook(t *testing.T, opts lab.Options, test func(*testing.T, *node), args
 	for _, hook := range []datapath.Hook{datapath.HookTCX, datapath.HookTC} {
 		t.Run(string(hook), func(t *testing.T) {
 			t.Parallel()
+			if hook == datapath.HookTCX {
+				labtest.Kernel(t, labtest.TCX)
+			}
 			n := newNode(t, opts)
 			n.noTCX = hook == datapath.HookTC
 			n.start(append([]string{podCIDRs}, args...)...)

@@ -20,7 +20,7 @@ import (
 )
 
 func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), d)
+	ctx, cancel := context.WithTimeout(t.Context(), labtest.Patience(d))
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -23,6 +23,10 @@ import (
 // SeedEnv names the environment variable that replays a random test.
 const SeedEnv = "BAUTA_TEST_SEED"
 
+// PatienceEnv names the environment variable with the factor of all time-outs, for
+// machines that are slow by nature, such as an emulated one.
+const PatienceEnv = "BAUTA_TEST_PATIENCE"
+
 // NewNode builds the standard topology for a test and removes it afterwards.
 func NewNode(t testing.TB, opts lab.Options) *lab.Topology {
 	t.Helper()
@@ -82,10 +86,19 @@ func BPFFS(t testing.TB) string {
 	return dir
 }
 
+// Patience stretches a time-out by the factor in PatienceEnv.
+func Patience(d time.Duration) time.Duration {
+	if factor, err := strconv.Atoi(os.Getenv(PatienceEnv)); err == nil && factor > 1 {
+		d *= time.Duration(factor)
+	}
+	return d
+}
+
 // Eventually waits until cond returns nil, and fails the test with its last
 // error after the timeout.
 func Eventually(t testing.TB, timeout time.Duration, cond func() error) {
 	t.Helper()
+	timeout = Patience(timeout)
 	deadline := time.After(timeout)
 	poll := time.NewTicker(10 * time.Millisecond)
 	defer poll.Stop()

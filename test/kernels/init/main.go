@@ -1,55 +1,90 @@
 // Command init is process 1 of a test VM: it loads the kernel modules of the
-// archive, runs /test with the arguments in /args, says how that ended in a line
-// "RESULT ..." on the console and powers off.
+// archive, runs the test suites that /suites lists, says on the console how each
+// ended and powers off. A line of /suites is the name of a suite, the directory to
+// run it in, and a command:
+//
+//	lab internal/lab lab.test -test.v
+//
+// On the console "SUITE lab" comes before its output, and "DONE lab PASS 12" (seconds)
+// or "DONE lab FAIL 12 exit status 1" behind it. "RESULT PASS" or "RESULT FAIL" is the end.
 package main
 
 import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 func main() {
-	err := run()
-	switch {
-	case err != nil:
-		fmt.Printf("\nRESULT FAIL %v\n", err)
-	default:
-		fmt.Printf("\nRESULT PASS\n")
+	result, err := run()
+	if err != nil {
+		result = fmt.Sprintf("FAIL %v", err)
 	}
+	fmt.Printf("\nRESULT %s\n", result)
 	unix.Sync()
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
 		fmt.Println("power off:", err)
 	}
 }
 
-func run() error {
+func run() (result string, err error) {
 	for _, m := range []struct{ fs, point string }{
-		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"bpf", "/sys/fs/bpf"},
+		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"tmpfs", "/run"}, {"bpf", "/sys/fs/bpf"},
 	} {
 		if err := unix.Mount(m.fs, m.point, m.fs, 0, ""); err != nil {
-			return fmt.Errorf("mount %s: %w", m.point, err)
+			return "", fmt.Errorf("mount %s: %w", m.point, err)
 		}
+	}
+	// A new namespace has no devices but its loopback, whatever modules are loaded.
+	if err := os.WriteFile("/proc/sys/net/core/fb_tunnels_only_for_init_net", []byte("2"), 0); err != nil {
+		return "", err
 	}
 	names, err := os.ReadFile("/modules.load")
 	if err != nil {
-		return err
+		return "", err
 	}
 	for _, name := range strings.Fields(string(names)) {
 		if err := load("/modules/" + name); err != nil {
 			fmt.Printf("load module %s: %v\n", name, err) // the tests say what they miss
 		}
 	}
-	args, err := os.ReadFile("/args")
+	suites, err := os.ReadFile("/suites")
 	if err != nil {
+		return "", err
+	}
+	result = "PASS"
+	for line := range strings.Lines(string(suites)) {
+		words := strings.Fields(line)
+		if len(words) < 3 {
+			continue
+		}
+		fmt.Printf("\nSUITE %s\n", words[0])
+		start, how := time.Now(), "PASS"
+		err := suite(words[1], words[2], words[3:])
+		if err != nil {
+			how, result = "FAIL", "FAIL"
+		}
+		fmt.Printf("\nDONE %s %s %.0f", words[0], how, time.Since(start).Seconds())
+		if err != nil {
+			fmt.Printf(" %v", err)
+		}
+		fmt.Println()
+	}
+	return result, nil
+}
+
+func suite(dir, program string, args []string) error {
+	cmd := exec.Command("/bin/"+program, args...)
+	cmd.Dir = filepath.Join("/src", dir)
+	if err := os.MkdirAll(cmd.Dir, 0o755); err != nil {
 		return err
 	}
-	cmd := exec.Command("/test", strings.Fields(string(args))...)
-	cmd.Dir = "/tmp"
-	cmd.Env = []string{"PATH=/", "HOME=/tmp", "CI=true"}
+	cmd.Env = []string{"PATH=/bin", "HOME=/tmp", "CI=true", "BAUTA_E2E_PROGRAMS=/bin", "BAUTA_TEST_PATIENCE=5"}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
 	return cmd.Run()
 }

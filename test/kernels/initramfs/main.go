@@ -1,7 +1,8 @@
 // Command initramfs writes the root file system of a test VM: an uncompressed
-// newc archive with a static program as /init, other files, and kernel modules
-// with all they depend on. Debian's packages hold no modules.dep (depmod makes it
-// when they are installed), so dependencies are read from the modules themselves.
+// newc archive with a static program as /init, programs in /bin, files of this
+// repository below /src, and kernel modules with all they depend on. Debian's packages
+// hold no modules.dep (depmod makes it when they are installed), so dependencies are
+// read from the modules themselves, and the libraries of programs from the programs.
 package main
 
 import (
@@ -13,7 +14,9 @@ import (
 	"log"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -23,29 +26,55 @@ func main() {
 	out := flag.String("o", "", "file to write")
 	modules := flag.String("modules", "", "lib/modules/RELEASE of an unpacked kernel package")
 	load := flag.String("load", "", "modules to load, by comma; those the kernel has built in are left out")
-	args := flag.String("args", "", "arguments of /test, by space")
+	suites := flag.String("suites", "", "file that becomes /suites")
+	tools := flag.String("tools", "", "programs of this machine to put into /bin, by comma")
+	source := flag.String("source", "", "files and directories to put below /src, by comma")
 	flag.Parse()
-	if flag.NArg() == 0 {
-		log.Fatal("usage: initramfs -o FILE [-modules DIR -load NAMES] [-args ARGS] INIT [OTHER...]")
+	if *out == "" || *suites == "" || flag.NArg() == 0 {
+		log.Fatal("usage: initramfs -o FILE -suites FILE [-modules DIR -load NAMES] [-tools NAMES] [-source PATHS] INIT [PROGRAM...]")
 	}
-	a := &archive{}
-	for _, dir := range []string{"proc", "sys", "dev", "tmp", "modules"} {
-		a.add(dir, fs.FileMode(0o040755), nil)
+	if err := write(*out, *suites, *modules, split(*load), split(*tools), split(*source), flag.Args()); err != nil {
+		log.Fatal(err)
 	}
-	for i, path := range flag.Args() {
-		name := filepath.Base(path)
+}
+
+// split cuts a list at its commas; nothing is an empty list.
+func split(s string) []string {
+	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' })
+}
+
+func write(out, suites, modules string, load, tools, source, programs []string) error {
+	a := &archive{made: make(map[string]bool)}
+	for _, dir := range []string{"proc", "sys", "dev", "tmp", "run", "etc", "modules"} {
+		a.dir(dir)
+	}
+	a.add("etc/passwd", 0o100644, []byte("root:x:0:0:root:/tmp:/bin/sh\n"))
+	a.add("etc/hosts", 0o100644, []byte("127.0.0.1 localhost\n"))
+	if err := a.copy("suites", suites); err != nil {
+		return err
+	}
+	for i, p := range programs {
+		name := "bin/" + filepath.Base(p)
 		if i == 0 {
 			name = "init"
 		}
-		data, err := os.ReadFile(path)
-		if err != nil {
-			log.Fatal(err)
+		if err := a.copy(name, p); err != nil {
+			return err
 		}
-		a.add(name, 0o100755, data)
 	}
-	order, err := findModules(*modules, strings.Split(*load, ","))
+	for _, name := range tools {
+		if err := a.tool(name); err != nil {
+			return err
+		}
+	}
+	for _, p := range source {
+		if err := a.tree(p); err != nil {
+			return err
+		}
+	}
+	order, err := findModules(modules, load)
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	var names []string
 	for _, m := range order {
@@ -53,11 +82,85 @@ func main() {
 		a.add("modules/"+m.name, 0o100644, m.image)
 	}
 	a.add("modules.load", 0o100644, []byte(strings.Join(names, "\n")))
-	a.add("args", 0o100644, []byte(*args))
 	a.add("TRAILER!!!", 0, nil)
-	if err := os.WriteFile(*out, a.Bytes(), 0o644); err != nil {
-		log.Fatal(err)
+	return os.WriteFile(out, a.Bytes(), 0o644)
+}
+
+// copy puts a file of this machine into the archive.
+func (a *archive) copy(name, from string) error {
+	data, err := os.ReadFile(from)
+	if err != nil {
+		return err
 	}
+	a.add(name, 0o100755, data)
+	return nil
+}
+
+// tree puts a file or directory of the repository below /src.
+func (a *archive) tree(root string) error {
+	return filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		return a.copy("src/"+p, p)
+	})
+}
+
+// tool puts a program of this machine into /bin, with its libraries and the loader
+// where they are here.
+func (a *archive) tool(name string) error {
+	p, err := exec.LookPath(name)
+	if err != nil {
+		return err
+	}
+	if err := a.copy("bin/"+name, p); err != nil {
+		return err
+	}
+	return a.libraries(p)
+}
+
+var libraryDirs = []string{"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/usr/lib"}
+
+func (a *archive) libraries(program string) error {
+	f, err := elf.Open(program)
+	if err != nil {
+		return fmt.Errorf("%s: %w", program, err)
+	}
+	defer f.Close()
+	need, err := f.ImportedLibraries()
+	if err != nil {
+		return fmt.Errorf("%s: %w", program, err)
+	}
+	if s := f.Section(".interp"); s != nil {
+		data, err := s.Data()
+		if err != nil {
+			return err
+		}
+		need = append(need, string(bytes.TrimRight(data, "\x00")))
+	}
+	for _, name := range need {
+		at := name
+		if !filepath.IsAbs(name) {
+			i := slices.IndexFunc(libraryDirs, func(dir string) bool {
+				_, err := os.Stat(dir + "/" + name)
+				return err == nil
+			})
+			if i < 0 {
+				return fmt.Errorf("%s: no library %s", program, name)
+			}
+			at = libraryDirs[i] + "/" + name
+		}
+		if a.made[at[1:]] {
+			continue
+		}
+		if err := a.copy(at[1:], at); err != nil {
+			return err
+		}
+		if err := a.libraries(at); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // archive is a newc cpio archive: a header of 13 hexadecimal fields, the name and
@@ -65,9 +168,20 @@ func main() {
 type archive struct {
 	bytes.Buffer
 	files int
+	made  map[string]bool
+}
+
+// dir adds a directory and those above it.
+func (a *archive) dir(name string) {
+	if name == "." || a.made[name] {
+		return
+	}
+	a.add(name, 0o040755, nil)
 }
 
 func (a *archive) add(name string, mode fs.FileMode, data []byte) {
+	a.dir(path.Dir(name))
+	a.made[name] = true
 	a.files++
 	fields := [13]uint32{0: uint32(a.files), 1: uint32(mode), 4: 1, 6: uint32(len(data)), 11: uint32(len(name) + 1)}
 	a.WriteString("070701")
