@@ -50,6 +50,7 @@ type worldChoice struct {
 	ipv4, ipv6 bool
 	unknown    policy.UnknownProtocols
 	pool       int
+	quota      int // mappings of a pod; 0: any number
 }
 
 var fuzzPools = []int{64, 1, 2, 7}
@@ -92,7 +93,8 @@ type world struct {
 	reverse map[flowOf]netip.AddrPort // local is the external socket; to the inner one
 	inbound map[flowOf]bool           // opened from outside
 	host    int                       // packets of the node that may have an entry of their own
-	noted   map[uint32]bool           // a fragmented datagram may have been noted
+	noted   bool                      // a fragmented datagram may have been
+	refused bool                      // a pod's flow was, and that is remembered
 	sent    []view                    // what left translated
 	seen    []view                    // what went into the programs
 }
@@ -105,15 +107,20 @@ func (w *worlds) begin(t testing.TB, c *choices) *world {
 		unknown: []policy.UnknownProtocols{policy.UnknownMasquerade, policy.UnknownDrop, policy.UnknownPass, policy.UnknownMasquerade}[b>>4&3],
 		pool:    fuzzPools[b>>6],
 	}
+	b = c.byte()
+	if b>>5 == 7 {
+		choice.quota = 3
+	}
 	r := w.r.on(t)
 	run := &world{
-		rig: r, worlds: w, t: t, c: c, choice: choice, policy: w.inForce(r, choice), dev: "eth0", noted: make(map[uint32]bool),
+		rig: r, worlds: w, t: t, c: c, choice: choice, policy: w.inForce(r, choice), dev: "eth0", link: packet.Link(b & 3),
 		forward: make(map[flowOf]netip.AddrPort), reverse: make(map[flowOf]netip.AddrPort), inbound: make(map[flowOf]bool),
 	}
-	b = c.byte()
-	run.link = packet.Link(b & 3)
 	if b>>2&7 == 7 {
 		run.dev = "eth1"
+	}
+	if choice.quota > 0 {
+		r.wipe(r.d.objs.Pods) // what earlier executions counted
 	}
 	return run
 }
@@ -125,7 +132,7 @@ func (w *worlds) inForce(r *rig, choice worldChoice) *policy.Policy {
 	if p == nil {
 		in := w.inputs[choice.generation]
 		in.IPv4, in.IPv6, in.UnknownProtocols = choice.ipv4, choice.ipv6, choice.unknown
-		in.Ports = in.Ports[:choice.pool]
+		in.Ports, in.MaxPortsPerPod = in.Ports[:choice.pool], choice.quota
 		var err error
 		p, err = policy.Build(in)
 		r.must(err)
@@ -160,8 +167,11 @@ func (w *world) end() {
 		w.wipe(t.reverse)
 		w.wipe(t.inbound)
 	}
-	if len(w.noted) > 0 {
+	if w.noted {
 		w.wipe(o.Fragments)
+	}
+	if w.refused {
+		w.wipe(o.Refusals)
 	}
 }
 
@@ -209,7 +219,7 @@ func (w *world) egress(frame []byte) (out view, ok bool) {
 func (w *world) note(v view) {
 	w.seen = append(w.seen, v)
 	if v.first || v.later {
-		w.noted[0] = true
+		w.noted = true
 	}
 }
 
@@ -229,9 +239,21 @@ func (w *world) egressDropped(frame []byte, res result, v view, ok bool) {
 		w.failf(egress, frame, res, "want %s", d.Outcome)
 	}
 	switch res.outcome {
-	case policy.DropRewrite, policy.DropMapError, policy.DropNoPolicy:
+	case policy.DropRewrite, policy.DropMapError, policy.DropNoPolicy, policy.DropRate:
 		w.failf(egress, frame, res, "never for want of anything")
+	case policy.DropQuota:
+		w.refused = true
+		n := 0
+		for f := range w.forward {
+			if f.local.Addr() == v.src {
+				n++
+			}
+		}
+		if w.choice.quota == 0 || n < w.choice.quota {
+			w.failf(egress, frame, res, "%d flows of the pod", n)
+		}
 	case policy.DropNoPort:
+		w.refused = true
 		if n := w.free(v, d.Address); n > 0 && v.proto != packet.SCTP {
 			w.failf(egress, frame, res, "%d ports are free", n)
 		}
@@ -381,7 +403,7 @@ func (w *world) egressError(res result, v, out view) {
 		w.failf(egress, v.frame, res, "not an error")
 	}
 	want, known := w.forward[q.arriving()]
-	if got := now.arriving().local; !known || got != want {
+	if got := now.arriving().local; (!known || got != want) && (w.host == 0 || !w.isHost(q.dst)) {
 		w.failf(egress, v.frame, res, "the quote is to %s, want %s", got, want)
 	}
 	if !w.isHost(out.src) {
@@ -485,10 +507,11 @@ func answer(v view) (frame []byte, ok bool) {
 	case v.later, v.hidden, v.error():
 		return nil, false
 	case v.ports():
-		if v.proto == packet.SCTP {
-			binary.LittleEndian.PutUint32(b[v.l4+8:], 0) // its CRC minds the order
-		}
 		swap(v.l4, v.l4+2, v.l4+2, v.l4+4)
+		if v.proto == packet.SCTP && v.end >= v.l4+12 { // its CRC minds the order
+			crc := binary.LittleEndian.Uint32(b[v.l4+8:])
+			binary.LittleEndian.PutUint32(b[v.l4+8:], crc^crcRest(b[v.l4:v.end])^crcRest(v.frame[v.l4:v.end]))
+		}
 	case query:
 		// The answer's type, and what that does to the checksum.
 		was := uint16(b[v.l4]) << 8
