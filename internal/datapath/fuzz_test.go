@@ -77,16 +77,16 @@ func (w *world) spoil(frame []byte) []byte {
 }
 
 // chooseView returns one of those seen, or nothing.
-func (w *world) chooseView(from []view) (view, bool) {
+func (w *world) chooseView(from []wire) (wire, bool) {
 	if len(from) == 0 {
-		return view{}, false
+		return wire{}, false
 	}
 	return from[len(from)-1-w.c.below(len(from))], true
 }
 
 // anError chooses an ICMP error about a packet: leaving about one that arrived, or the
 // other way round. Its quote is cut anywhere.
-func (w *world) anError(about view, leaving bool) []byte {
+func (w *world) anError(about wire, leaving bool) []byte {
 	c := w.c
 	f := families[0]
 	if !about.is4 {

@@ -95,8 +95,9 @@ type world struct {
 	host    int                       // packets of the node that may have an entry of their own
 	noted   bool                      // a fragmented datagram may have been
 	refused bool                      // a pod's flow was, and that is remembered
-	sent    []view                    // what left translated
-	seen    []view                    // what went into the programs
+	held    bool                      // a later fragment is
+	sent    []wire                    // what left translated
+	seen    []wire                    // what went into the programs
 }
 
 // begin starts an execution.
@@ -173,6 +174,9 @@ func (w *world) end() {
 	if w.refused {
 		w.wipe(o.Refusals)
 	}
+	if w.held {
+		w.emptyHeld()
+	}
 }
 
 // refused tells whether a test run takes no such frame.
@@ -186,16 +190,16 @@ func (w *world) failf(dir direction, in []byte, res result, format string, args 
 }
 
 // decide is what policy.Decide says of a first packet.
-func (w *world) decide(v view) policy.Decision {
+func (w *world) decide(v wire) policy.Decision {
 	return w.policy.Decide(v.decidable(w.rig.device[w.dev]))
 }
 
 // egress lets a frame leave and checks all that must hold whatever the frame is. It
 // returns what came out, if it was translated.
-func (w *world) egress(frame []byte) (out view, ok bool) {
+func (w *world) egress(frame []byte) (out wire, ok bool) {
 	w.t.Helper()
 	if refused(frame) {
-		return view{}, false
+		return wire{}, false
 	}
 	res := w.run(egress, w.dev, w.link, frame)
 	v, ok := viewFrame(w.link, frame)
@@ -205,6 +209,8 @@ func (w *world) egress(frame []byte) (out view, ok bool) {
 	switch {
 	case res.outcome.Verdict() == policy.Drop:
 		w.egressDropped(frame, res, v, ok)
+	case res.outcome.Verdict() == policy.Hold:
+		w.failf(egress, frame, res, "only what arrives may be held")
 	case res.outcome.Verdict() == policy.Pass:
 		w.egressPassed(frame, res, v, ok)
 	case !ok:
@@ -213,10 +219,10 @@ func (w *world) egress(frame []byte) (out view, ok bool) {
 		w.egressTranslated(res, v)
 		return viewIP(res.data, v.l3, v.is4, false)
 	}
-	return view{}, false
+	return wire{}, false
 }
 
-func (w *world) note(v view) {
+func (w *world) note(v wire) {
 	w.seen = append(w.seen, v)
 	if v.first || v.later {
 		w.noted = true
@@ -226,7 +232,7 @@ func (w *world) note(v view) {
 // isHost tells whether an address is the node's own.
 func (w *world) isHost(a netip.Addr) bool { return slices.Contains(w.policy.Input().HostAddrs, a) }
 
-func (w *world) egressDropped(frame []byte, res result, v view, ok bool) {
+func (w *world) egressDropped(frame []byte, res result, v wire, ok bool) {
 	w.t.Helper()
 	if !ok {
 		if res.outcome != policy.DropBadHeader {
@@ -274,7 +280,7 @@ func (w *world) egressDropped(frame []byte, res result, v view, ok bool) {
 }
 
 // free counts the ports of the pool that no flow has towards the remote of v.
-func (w *world) free(v view, external netip.Addr) int {
+func (w *world) free(v wire, external netip.Addr) int {
 	if !v.ports() {
 		return 0
 	}
@@ -290,7 +296,7 @@ func (w *world) free(v view, external netip.Addr) int {
 }
 
 // egressPassed: what leaves as it is must be allowed to.
-func (w *world) egressPassed(frame []byte, res result, v view, ok bool) {
+func (w *world) egressPassed(frame []byte, res result, v wire, ok bool) {
 	w.t.Helper()
 	if !ok {
 		if res.outcome != policy.PassNotIP || isIP(w.link, frame) {
@@ -338,19 +344,19 @@ func (w *world) egressPassed(frame []byte, res result, v view, ok bool) {
 	w.failf(egress, frame, res, "left as it is, want %s", d.Outcome)
 }
 
-func (w *world) egressTranslated(res result, v view) {
+func (w *world) egressTranslated(res result, v wire) {
 	w.t.Helper()
 	out, ok := viewIP(res.data, v.l3, v.is4, false)
 	if !ok {
 		w.failf(egress, v.frame, res, "unreadable now")
 	}
-	parts := []rewritten{{view: v, side: sideSource, addrOnly: v.later || v.error(), limit: len(v.frame)}}
+	parts := []rewritten{{wire: v, side: sideSource, addrOnly: v.later || v.error(), limit: len(v.frame)}}
 	if v.error() {
 		q, ok := v.quote()
 		if !ok || q.hidden || q.later {
 			w.failf(egress, v.frame, res, "the quote names no flow")
 		}
-		parts = append(parts, rewritten{view: q, side: sideDestination, limit: v.end})
+		parts = append(parts, rewritten{wire: q, side: sideDestination, limit: v.end})
 	}
 	if err := checkRewrite(res.data, parts...); err != nil {
 		w.failf(egress, v.frame, res, "%v", err)
@@ -395,7 +401,7 @@ func (w *world) egressTranslated(res result, v view) {
 }
 
 // egressError: the quote of an error is what the remote had sent.
-func (w *world) egressError(res result, v, out view) {
+func (w *world) egressError(res result, v, out wire) {
 	w.t.Helper()
 	q, _ := v.quote()
 	now, ok := out.quote()
@@ -423,20 +429,22 @@ func (w *world) ingress(frame []byte) bool {
 		w.note(v)
 	}
 	switch {
-	case res.outcome.Verdict() == policy.Drop:
+	case res.outcome.Verdict() == policy.Drop, res.outcome.Verdict() == policy.Hold && !v.later:
 		w.failf(ingress, frame, res, "dropped")
 	case res.outcome.Verdict() == policy.Masquerade && !ok:
 		w.failf(ingress, frame, res, "an unreadable packet was translated")
 	case res.outcome.Verdict() == policy.Masquerade:
 		w.ingressTranslated(res, v)
 		return true
+	case res.outcome.Verdict() == policy.Hold:
+		w.held = true
 	case ok:
 		w.ingressPassed(res, v)
 	}
 	return false
 }
 
-func (w *world) ingressPassed(res result, v view) {
+func (w *world) ingressPassed(res result, v wire) {
 	w.t.Helper()
 	query, _ := v.echo()
 	if inner, known := w.reverse[v.arriving()]; known && !v.hidden && !v.later && !v.error() && !query && (!v.icmp() || v.portAt(sideDestination) >= 0) {
@@ -447,19 +455,19 @@ func (w *world) ingressPassed(res result, v view) {
 	}
 }
 
-func (w *world) ingressTranslated(res result, v view) {
+func (w *world) ingressTranslated(res result, v wire) {
 	w.t.Helper()
 	out, ok := viewIP(res.data, v.l3, v.is4, false)
 	if !ok {
 		w.failf(ingress, v.frame, res, "unreadable now")
 	}
-	parts := []rewritten{{view: v, side: sideDestination, addrOnly: v.later || v.error(), limit: len(v.frame)}}
+	parts := []rewritten{{wire: v, side: sideDestination, addrOnly: v.later || v.error(), limit: len(v.frame)}}
 	if v.error() {
 		q, ok := v.quote()
 		if !ok || q.hidden || q.later {
 			w.failf(ingress, v.frame, res, "the quote names no flow")
 		}
-		parts = append(parts, rewritten{view: q, side: sideSource, limit: v.end})
+		parts = append(parts, rewritten{wire: q, side: sideSource, limit: v.end})
 	}
 	if err := checkRewrite(res.data, parts...); err != nil {
 		w.failf(ingress, v.frame, res, "%v", err)
@@ -492,7 +500,7 @@ func (w *world) ingressTranslated(res result, v view) {
 
 // answer turns a frame that left round: addresses and ports swapped, which leaves every checksum
 // as right as it was. ok is false if nobody answers such a packet.
-func answer(v view) (frame []byte, ok bool) {
+func answer(v wire) (frame []byte, ok bool) {
 	b := slices.Clone(v.frame)
 	swap := func(a0, a1, b0, b1 int) {
 		tmp := slices.Clone(b[a0:a1])
@@ -525,7 +533,7 @@ func answer(v view) (frame []byte, ok bool) {
 }
 
 // back lets the answer to what left translated arrive: it must find its mapping.
-func (w *world) back(v view) {
+func (w *world) back(v wire) {
 	w.t.Helper()
 	a, ok := answer(v)
 	if !ok || refused(a) || !isIP(w.link, a) {

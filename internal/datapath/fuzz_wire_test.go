@@ -10,9 +10,9 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// view is what the fuzz tests know of a packet: read anew from RFC 791, 8200 and the
+// wire is what the fuzz tests know of a packet: read anew from RFC 791, 8200 and the
 // transports' own, and from no code under test. Offsets count from the first byte of the frame.
-type view struct {
+type wire struct {
 	frame    []byte
 	is4      bool
 	l3, l4   int
@@ -25,9 +25,9 @@ type view struct {
 }
 
 // viewFrame reads a frame; ok is false if it has no readable IP header.
-func viewFrame(link packet.Link, frame []byte) (v view, ok bool) {
+func viewFrame(link packet.Link, frame []byte) (v wire, ok bool) {
 	if len(frame) < 14 {
-		return view{}, false
+		return wire{}, false
 	}
 	ether, l3 := binary.BigEndian.Uint16(frame[12:]), 0
 	if link != packet.Raw {
@@ -46,7 +46,7 @@ func viewFrame(link packet.Link, frame []byte) (v view, ok bool) {
 	case 0x86dd:
 		return viewIP(frame, l3, false, false)
 	}
-	return view{}, false
+	return wire{}, false
 }
 
 // isIP tells whether a frame says that it is an IP packet, or may hide one behind tags.
@@ -72,8 +72,8 @@ func isIP(link packet.Link, frame []byte) bool {
 }
 
 // viewIP reads the IP packet at l3; of a quoted one 8 bytes of the transport header are enough.
-func viewIP(frame []byte, l3 int, is4, quoted bool) (view, bool) {
-	v := view{frame: frame, is4: is4, l3: l3}
+func viewIP(frame []byte, l3 int, is4, quoted bool) (wire, bool) {
+	v := wire{frame: frame, is4: is4, l3: l3}
 	b := frame[min(l3, len(frame)):]
 	if is4 {
 		if len(b) < 20 || b[0]>>4 != 4 || b[0]&15 < 5 {
@@ -113,7 +113,7 @@ func viewIP(frame []byte, l3 int, is4, quoted bool) (view, bool) {
 }
 
 // walk goes behind the extension headers.
-func (v *view) walk() {
+func (v *wire) walk() {
 	for {
 		size := 0
 		switch v.proto {
@@ -142,18 +142,18 @@ func (v *view) walk() {
 	}
 }
 
-func (v view) icmp() bool {
+func (v wire) icmp() bool {
 	return v.is4 && v.proto == packet.ICMP || !v.is4 && v.proto == packet.ICMPv6
 }
 
-func (v view) ports() bool {
+func (v wire) ports() bool {
 	return v.proto == packet.TCP || v.proto == packet.UDP || v.proto == packet.UDPLite || v.proto == packet.SCTP
 }
 
-func (v view) icmpType() uint8 { return v.frame[v.l4] }
+func (v wire) icmpType() uint8 { return v.frame[v.l4] }
 
 // echo tells whether v is an ICMP query, or its answer.
-func (v view) echo() (query, answer bool) {
+func (v wire) echo() (query, answer bool) {
 	if !v.icmp() || v.hidden || v.later {
 		return false, false
 	}
@@ -164,12 +164,12 @@ func (v view) echo() (query, answer bool) {
 }
 
 // error tells whether v is an ICMP error.
-func (v view) error() bool {
+func (v wire) error() bool {
 	return !v.hidden && !v.later && isICMPError(packet.Packet{Proto: v.proto, Src: v.src, Type: v.frame[min(v.l4, len(v.frame)-1)]})
 }
 
 // quote reads the packet that an ICMP error is about.
-func (v view) quote() (view, bool) { return viewIP(v.frame, v.l4+8, v.is4, true) }
+func (v wire) quote() (wire, bool) { return viewIP(v.frame, v.l4+8, v.is4, true) }
 
 // The two sides of a packet.
 const (
@@ -177,17 +177,17 @@ const (
 	sideDestination
 )
 
-func (v view) addrAt(side int) (from, to int) {
+func (v wire) addrAt(side int) (from, to int) {
 	if v.is4 {
 		return v.l3 + 12 + 4*side, v.l3 + 16 + 4*side
 	}
 	return v.l3 + 8 + 16*side, v.l3 + 24 + 16*side
 }
 
-func (v view) addr(side int) netip.Addr { return [2]netip.Addr{v.src, v.dst}[side] }
+func (v wire) addr(side int) netip.Addr { return [2]netip.Addr{v.src, v.dst}[side] }
 
 // portAt is the offset of the port or identifier of one side, -1 if there is none.
-func (v view) portAt(side int) int {
+func (v wire) portAt(side int) int {
 	query, answer := v.echo()
 	switch {
 	case v.hidden || v.later:
@@ -201,7 +201,7 @@ func (v view) portAt(side int) int {
 }
 
 // port is the port of a side. An identifier is that of the asking side.
-func (v view) port(side int) uint16 {
+func (v wire) port(side int) uint16 {
 	at := v.portAt(side)
 	query, answer := v.echo()
 	if at < 0 || query && side == sideDestination || answer && side == sideSource {
@@ -211,7 +211,7 @@ func (v view) port(side int) uint16 {
 }
 
 // checksumAt is the offset of the one's complement checksum, -1 if it is not there.
-func (v view) checksumAt() int {
+func (v wire) checksumAt() int {
 	at := v.l4
 	switch {
 	case v.hidden || v.later:
@@ -234,17 +234,17 @@ type flowOf struct {
 	local, remote netip.AddrPort
 }
 
-func (v view) leaving() flowOf {
+func (v wire) leaving() flowOf {
 	return flowOf{v.proto, netip.AddrPortFrom(v.src, v.port(sideSource)), netip.AddrPortFrom(v.dst, v.port(sideDestination))}
 }
 
-func (v view) arriving() flowOf {
+func (v wire) arriving() flowOf {
 	f := v.leaving()
 	return flowOf{f.proto, f.remote, f.local}
 }
 
 // first is the packet as policy.Decide takes it.
-func (v view) decidable(device int) policy.Packet {
+func (v wire) decidable(device int) policy.Packet {
 	p := policy.Packet{Src: v.src, Dst: v.dst, Proto: v.proto, Device: device}
 	if !v.hidden && !v.later {
 		switch {
@@ -259,7 +259,7 @@ func (v view) decidable(device int) policy.Packet {
 
 // rewritten is a packet, or a quoted one, of which one side was translated.
 type rewritten struct {
-	view
+	wire
 	side     int
 	addrOnly bool // not its port: of a later fragment, and of an ICMP error itself
 	limit    int  // bytes behind this offset do not belong to the packet
@@ -355,7 +355,7 @@ func (p rewritten) checkSums(out []byte) error {
 }
 
 // wholeEnd is where the packet ends by its IP header alone.
-func (v view) wholeEnd() int {
+func (v wire) wholeEnd() int {
 	if v.is4 {
 		return v.l3 + int(binary.BigEndian.Uint16(v.frame[v.l3+2:]))
 	}
