@@ -25,6 +25,9 @@ func vary(rng *rand.Rand, p packet.Packet) packet.Packet {
 	if p.Link == packet.Raw {
 		p.Payload = make([]byte, 14+rng.IntN(64)) // what a test run takes for the IP header is complete
 	}
+	if p.Coverage != 0 { // of UDP-Lite, also half a word
+		p.Coverage = 8 + rng.IntN(len(p.Payload)+1)
+	}
 	for i := range p.Payload {
 		// Checksums of zero and of all ones are where arithmetic goes wrong.
 		p.Payload[i] = []byte{0, 0xff, byte(rng.IntN(256))}[rng.IntN(3)]
