@@ -39,6 +39,13 @@ static __always_inline enum outcome egress_translate(struct __sk_buff *skb, stru
 	return rewrite(skb, &s->packet, SOURCE, &s->to) ? OUT_DROP_REWRITE : out;
 }
 
+/* The same, as a call: its frame must not lie below the search for a port. */
+static __noinline enum outcome egress_translate_first(struct __sk_buff *skb, struct scratch *s,
+						      enum outcome out)
+{
+	return egress_translate(skb, s, out);
+}
+
 /* An ICMP error about a mapped flow: the quote must be the remote's view. The outer source is
  * translated too, unless it is the node that complains. Neither refreshes the mapping (RFC 5508
  * REQ-6). Without a mapping, the flow becomes the quoted packet's, if it has one. A pod is no
@@ -218,7 +225,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 		return out;
 	if (host && s->to.port == s->packet.sport)
 		return OUT_PASS_HOST;
-	return egress_translate(skb, s, host ? OUT_MASQ_HOST : OUT_MASQ_NEW);
+	return egress_translate_first(skb, s, host ? OUT_MASQ_HOST : OUT_MASQ_NEW);
 }
 
 /* A packet of the node meets the reverse entry r of a mapping, whose inner socket is in s->owner.
