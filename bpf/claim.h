@@ -129,7 +129,7 @@ static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 
 	if (!claim_candidate(s, set, i, &port))
 		return false;
-	s->claim.tried = i + 1;
+	s->claim.tried++;
 	s->reverse.lport = port;
 	if (flow_find(REVERSE, &s->reverse, &s->owner)) {
 		if (!endpoint_is(&s->owner, &s->flow.local, s->flow.lport))

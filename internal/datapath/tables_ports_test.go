@@ -242,18 +242,55 @@ func (b *bench) open1(t testing.TB, flow func(int) packet.Packet, n int) {
 	}
 }
 
-// Of a large pool 97 % can be handed out towards one remote without a failed attempt.
+// Of a large pool 97 % can be handed out towards one remote without a failed search,
+// and each of the last searches took a bounded number of candidates.
 func TestPortsLargePoolNearlyFull(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 32768})
 	pool := ports(32768, 32768)
 	b.apply(loopPolicy(pool))
 	n := len(pool) * 97 / 100
-	b.open1(t, tcpFlow, n)
+	b.open1(t, tcpFlow, n-1000)
+	before := b.searches()
+	b.open1(t, func(i int) packet.Packet { return tcpFlow(n - 1000 + i) }, 1000)
+	after := b.searches()
+	t.Logf("searches within 1, 2, 4 ... candidates: up to 94 %%: %v; from there to 97 %%: %v", before.Attempts, since(before.Attempts, after.Attempts))
+	if after.Failures != 0 || sum(after.Attempts) != uint64(n) {
+		t.Errorf("%d searches found a port, %d did not", sum(after.Attempts), after.Failures)
+	}
+	// At 97 % one candidate in 33 is free: half of the searches need more than 16.
+	if last := since(before.Attempts, after.Attempts); sum(last[:5]) > 900 || sum(last[:10]) < 999 {
+		t.Errorf("the last searches: %v", last)
+	}
 	if drops := b.count(policy.DropNoPort); drops != 0 {
 		t.Errorf("%d of %d flows had no port", drops, n)
 	}
 	if got := len(b.checkBijection(pool)); got != n {
 		t.Errorf("%d flows of %d", got, n)
 	}
+}
+
+// searches reads how the searches for ports went.
+func (b *bench) searches() (s PortSearches) {
+	b.t.Helper()
+	b.inspect(func(in *Inspector) (err error) {
+		s, err = in.PortSearches()
+		return err
+	})
+	return s
+}
+
+func since(before, after []uint64) []uint64 {
+	out := make([]uint64, len(after))
+	for i := range after {
+		out[i] = after[i] - before[i]
+	}
+	return out
+}
+
+func sum(list []uint64) (n uint64) {
+	for _, v := range list {
+		n += v
+	}
+	return n
 }
