@@ -40,6 +40,8 @@ volatile const __u8 have_csum_ipv6 = 0;
 #define CLAIM_CHUNK 16
 /* What the node's own tunnels and xfrm states exchange with whom; the agent merges long lists. */
 #define TUNNEL_ENTRIES 16384
+/* Samples of the leak sentinel. LRU: the newest matter. */
+#define LEAK_ENTRIES 256
 /* Distinct source addresses of routes. */
 #define ROUTE_SOURCES 256
 /* Records of one run of the reaper. */

@@ -360,6 +360,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	set = policy_settings(&generation);
 	if (!set)
 		return OUT_DROP_NO_POLICY;
+	s->decided = generation + 1;
 	out = decide(pkt, generation, set);
 	if (out == OUT_PASS_HOST || out == OUT_PASS_DISABLED) {
 		pass = out;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Every map and its keys and values. Names have at most 15 characters: the kernel cuts them.
+/* Every map and its keys and values (those of the sentinel alone are in sentinel.h). Names have at most 15 characters: the kernel cuts them.
  *
  * A flow has two entries, one a direction, and each direction writes only its own: no packet
  * needs more than one look-up, and no cache line is shared between the directions. All tables
@@ -411,6 +411,7 @@ struct scratch {
 	struct datagram datagram; /* of the fragment at hand, at ingress */
 	__u8 header[60]; /* a quoted IPv4 header */
 	__u8 quoted[ANSWER_CHUNK + 4]; /* a piece of what an ICMP error of ours quotes */
+	__u32 decided; /* at egress, one above the generation that was asked; the sentinel takes it back */
 	__u64 tick; /* outlive the packet: see now_seconds() */
 	__u32 second;
 };

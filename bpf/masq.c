@@ -32,6 +32,7 @@
 #include "egress.h"
 #include "refuse.h"
 #include "ingress.h"
+#include "sentinel.h"
 #include "reap.h"
 
 /* The only way out: counts the outcome and turns it into a verdict. A packet that goes on is
@@ -103,6 +104,28 @@ SEC("tc")
 int ingress_raw(struct __sk_buff *skb)
 {
 	return run_ingress(skb, 0);
+}
+
+static __always_inline int run_sentinel(struct __sk_buff *skb, __u32 link_header)
+{
+	struct scratch *s = begin(skb);
+
+	/* What can't be read our egress program has dropped. */
+	if (s && !parse_packet(skb, &s->packet, link_header))
+		sentinel(skb, s);
+	return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int sentinel_ether(struct __sk_buff *skb)
+{
+	return run_sentinel(skb, ETH_HLEN);
+}
+
+SEC("tc")
+int sentinel_raw(struct __sk_buff *skb)
+{
+	return run_sentinel(skb, 0);
 }
 
 /* Run by the agent through BPF_PROG_TEST_RUN: see reap.h. Returns the number of entries removed. */

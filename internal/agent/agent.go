@@ -79,7 +79,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 	}
 	kernel, err := datapath.Open(datapath.Options{
 		Root: root, Flows: cfg.MaxFlows, DefaultFlows: cfg.Flows(memory()),
-		AllowPrivateBPFFS: cfg.AllowPrivateBPFFS, Log: datapathLog,
+		AllowPrivateBPFFS: cfg.AllowPrivateBPFFS, Sentinel: cfg.LeakSentinel, Log: datapathLog,
 	})
 	if err != nil {
 		return err

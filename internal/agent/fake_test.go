@@ -168,13 +168,14 @@ func (k *fakeKernel) Close() error { return nil }
 
 // fakeInspector is what a kernel would tell.
 type fakeInspector struct {
-	applied    bool
-	exclusions []netip.Prefix
-	attached   []datapath.Attachment
-	counts     []datapath.Count
-	usage      [2]datapath.Usage
-	worst      datapath.PortUse
-	err        error
+	applied        bool
+	exclusions     []netip.Prefix
+	attached       []datapath.Attachment
+	counts         []datapath.Count
+	usage          [2]datapath.Usage
+	worst          datapath.PortUse
+	err            error
+	leaks, samples []datapath.Leak
 }
 
 func (k fakeInspector) Counts() ([]datapath.Count, error)           { return k.counts, k.err }
@@ -183,6 +184,9 @@ func (k fakeInspector) Attachments() ([]datapath.Attachment, error) { return k.a
 func (k fakeInspector) Usage() ([2]datapath.Usage, error)           { return k.usage, k.err }
 func (k fakeInspector) PortSearches() (datapath.PortSearches, error) {
 	return datapath.PortSearches{Attempts: make([]uint64, 12)}, k.err
+}
+func (k fakeInspector) Leaks() (devices, samples []datapath.Leak, err error) {
+	return k.leaks, k.samples, k.err
 }
 func (k fakeInspector) WorstPort() (datapath.PortUse, error) { return k.worst, k.err }
 func (k fakeInspector) Applied() bool                        { return k.applied }

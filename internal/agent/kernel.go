@@ -33,6 +33,7 @@ type inspector interface {
 	Attachments() ([]datapath.Attachment, error)
 	Usage() ([2]datapath.Usage, error)
 	WorstPort() (datapath.PortUse, error)
+	Leaks() (devices, samples []datapath.Leak, err error)
 	PortSearches() (datapath.PortSearches, error)
 	Applied() bool
 	Tier() string

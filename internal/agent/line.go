@@ -83,6 +83,11 @@ func (s Status) Degraded() []string {
 	if s.Ports.Error != "" {
 		add("%s", s.Ports.Error)
 	}
+	for _, l := range s.Leaks.Devices {
+		if l.LastSeconds <= leakAlarm {
+			add("leak on %s: %d packets left with an address that should have been masqueraded", l.Device, l.Packets)
+		}
+	}
 	if !s.Masquerading.Enabled {
 		return reasons
 	}

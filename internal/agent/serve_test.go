@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/devices"
@@ -143,6 +144,36 @@ func kernelOf() fakeInspector {
 		},
 		usage: [2]datapath.Usage{{Flows: 5, Limit: 10}, {Limit: 10}},
 		worst: datapath.PortUse{Proto: 6, Remote: netip.MustParseAddrPort("192.0.2.8:443"), Used: 4, Pool: 8},
+	}
+}
+
+// A leak is an alarm for some minutes, and afterwards still a warning.
+func TestLeakStatus(t *testing.T) {
+	k := kernelOf()
+	k.attached[0].Sentinel = true
+	k.samples = []datapath.Leak{{Index: 2, Source: netip.MustParseAddr("10.1.0.2"), Destination: netip.MustParseAddr("192.0.2.8"), Proto: 17, Packets: 3, Last: time.Second}}
+	for _, c := range []struct {
+		last     time.Duration
+		degraded bool
+	}{{3 * time.Second, true}, {leakAlarm * time.Second, true}, {(leakAlarm + 1) * time.Second, false}} {
+		k.leaks = []datapath.Leak{{Index: 2, Packets: 5, First: time.Hour, Last: c.last}, {Index: 77, Packets: 1, Last: time.Hour}}
+		s, err := readStatus(t.TempDir(), func() (inspector, error) { return k, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l := s.Leaks; !l.Sentinel || l.Packets != 6 || len(l.Devices) != 2 || l.Devices[0].Device != "eth0" || l.Devices[1].Device != "77 (gone)" || len(l.Samples) != 1 {
+			t.Errorf("%+v", l)
+		}
+		if alarm := slices.ContainsFunc(s.Degraded(), func(r string) bool { return strings.HasPrefix(r, "leak on eth0: 5 packets") }); alarm != c.degraded {
+			t.Errorf("last leak %v ago: degraded %v", c.last, s.Degraded())
+		}
+		if !slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.Contains(w, "10.1.0.2 -> 192.0.2.8") }) {
+			t.Errorf("warnings: %v", s.Warnings)
+		}
+	}
+	k.attached = k.attached[1:] // draining, not watched
+	if s, err := readStatus(t.TempDir(), func() (inspector, error) { return k, nil }); err != nil || !s.Leaks.Sentinel {
+		t.Errorf("%+v, %v", s.Leaks, err)
 	}
 }
 

@@ -19,6 +19,7 @@ type Status struct {
 	Nodes        NodesStatus       `json:"nodes"`
 	Flows        Flows             `json:"flows"`
 	Ports        PortsStatus       `json:"ports"`
+	Leaks        LeaksStatus       `json:"leaks"`
 	Drops        map[string]uint64 `json:"drops"` // packets by reason name, no zeroes
 	Warnings     []string          `json:"warnings"`
 }
@@ -171,6 +172,28 @@ type PortsStatus struct {
 	Searches *datapath.PortSearches `json:"searches,omitempty"`
 	Error    string                 `json:"error,omitempty"` // why these ports are in use although they should not be
 }
+
+// LeaksStatus is what the leak sentinel saw.
+type LeaksStatus struct {
+	Sentinel bool         `json:"sentinel"` // watches every attached device
+	Packets  uint64       `json:"packets"`  // of all devices
+	Devices  []LeakStatus `json:"devices"`  // sums
+	Samples  []LeakStatus `json:"samples"`  // the newest, the last first
+}
+
+// LeakStatus is about packets that left with a source that should have been masqueraded.
+type LeakStatus struct {
+	Device       string     `json:"device"`
+	Source       netip.Addr `json:"source,omitzero"`
+	Destination  netip.Addr `json:"destination,omitzero"`
+	Proto        uint8      `json:"proto,omitempty"` // IP protocol number
+	Packets      uint64     `json:"packets"`
+	FirstSeconds int64      `json:"firstSeconds"` // ago
+	LastSeconds  int64      `json:"lastSeconds"`
+}
+
+// leakAlarm is how long after the last leak the status is degraded.
+const leakAlarm = 600
 
 // WorstPort is the remote towards which most external ports are taken.
 type WorstPort struct {

@@ -60,6 +60,7 @@ func describe(f PolicyFile) Status {
 		IPMasqAgent: f.IPMasqAgent,
 		Nodes:       f.NodesFile,
 		Ports:       PortsStatus{Ranges: f.Ports},
+		Leaks:       LeaksStatus{Devices: []LeakStatus{}, Samples: []LeakStatus{}},
 		Drops:       map[string]uint64{},
 		Warnings:    []string{},
 	}
@@ -118,6 +119,10 @@ func (s *Status) read(k inspector) error {
 	if err != nil {
 		return fmt.Errorf("read port searches: %w", err)
 	}
+	leaks, samples, err := k.Leaks()
+	if err != nil {
+		return err
+	}
 	counts, err := k.Counts()
 	if err != nil {
 		return fmt.Errorf("read counters: %w", err)
@@ -133,6 +138,7 @@ func (s *Status) read(k inspector) error {
 			"(a MASQUERADE or DNAT rule) when they left; their ports are respected", n))
 	}
 	s.addAttached(attached)
+	s.addLeaks(attached, leaks, samples)
 	s.addCounts(counts)
 	return nil
 }
@@ -154,6 +160,33 @@ func (s *Status) addAttached(attached []datapath.Attachment) {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("device %s: other tc programs see leaving packets before Bauta and may take them away: %s",
 				d.Name, strings.Join(a.Ahead, ", ")))
 		}
+	}
+}
+
+func (s *Status) addLeaks(attached []datapath.Attachment, sums, samples []datapath.Leak) {
+	s.Leaks.Sentinel = len(attached) > 0 && !slices.ContainsFunc(attached, func(a datapath.Attachment) bool { return !a.Sentinel && !a.Draining })
+	name := func(index int) string {
+		i := slices.IndexFunc(s.Devices, func(d DeviceStatus) bool { return d.Index == index })
+		if i < 0 {
+			return fmt.Sprintf("%d (gone)", index)
+		}
+		return s.Devices[i].Name
+	}
+	convert := func(l datapath.Leak) LeakStatus {
+		return LeakStatus{name(l.Index), l.Source, l.Destination, l.Proto, l.Packets, int64(l.First.Seconds()), int64(l.Last.Seconds())}
+	}
+	for _, l := range samples {
+		s.Leaks.Samples = append(s.Leaks.Samples, convert(l))
+	}
+	for _, l := range sums {
+		sum := convert(l)
+		s.Leaks.Devices = append(s.Leaks.Devices, sum)
+		s.Leaks.Packets += sum.Packets
+		text := fmt.Sprintf("leak: %d packets left %s with an address that should have been masqueraded, the last %d s ago", sum.Packets, sum.Device, sum.LastSeconds)
+		if i := slices.IndexFunc(s.Leaks.Samples, func(l LeakStatus) bool { return l.Device == sum.Device }); i >= 0 {
+			text += fmt.Sprintf(", for example %s -> %s, protocol %d", s.Leaks.Samples[i].Source, s.Leaks.Samples[i].Destination, s.Leaks.Samples[i].Proto)
+		}
+		s.Warnings = append(s.Warnings, text)
 	}
 }
 

@@ -46,8 +46,11 @@ func statusText(st agent.Status) string {
 		{"Flows", table(flowRow("IPv4", st.Flows.IPv4), flowRow("IPv6", st.Flows.IPv6))},
 		{"Ports", portText(st.Ports)},
 		{"Drops", dropText(st.Drops)},
-		{"Warnings", lines(st.Warnings, "none")},
 	}
+	if st.Leaks.Sentinel || st.Leaks.Packets > 0 {
+		list = append(list, block{"Leaks", leakText(st.Leaks)})
+	}
+	list = append(list, block{"Warnings", lines(st.Warnings, "none")})
 	return blocks(list...)
 }
 
@@ -216,6 +219,21 @@ func portText(p agent.PortsStatus) string {
 		text += fmt.Sprintf("\nwithout a quota: %d connections of more source addresses than are counted", s.Uncounted)
 	}
 	return text
+}
+
+// maxLeakLines keeps the rest of a status readable.
+const maxLeakLines = 10
+
+func leakText(l agent.LeaksStatus) string {
+	if l.Packets == 0 {
+		return "none seen"
+	}
+	var rows [][]string
+	for _, s := range l.Samples[:min(len(l.Samples), maxLeakLines)] {
+		rows = append(rows, []string{s.Device, protoName(s.Proto), s.Source.String(), "-> " + s.Destination.String(),
+			plural(int(s.Packets), "packet"), fmt.Sprintf("%ds ago", s.LastSeconds)})
+	}
+	return joinLines(plural(int(l.Packets), "packet"), table(rows...))
 }
 
 func dropText(drops map[string]uint64) string {

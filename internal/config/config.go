@@ -23,6 +23,7 @@ type Config struct {
 	EgressInterfaces    DeviceFilter
 	PodCIDRs            []policy.Rule // sorted
 	MasqueradeForwarded bool
+	LeakSentinel        bool
 	RouteSource         bool
 	UnknownProtocols    policy.UnknownProtocols
 

@@ -25,6 +25,7 @@ var samples = map[string]string{
 	"egress-masquerade-interfaces":      "eth0,eth1",
 	"pod-cidrs":                         "10.0.0.0/16,fd00::/64",
 	"masquerade-forwarded":              "true",
+	"leak-sentinel":                     "true",
 	"enable-masquerade-to-route-source": "true",
 	"unknown-protocols":                 "drop",
 	"ipv4-native-routing-cidr":          "10.0.0.0/8,192.168.0.0/16",

@@ -53,6 +53,10 @@ var options = []Option{
 			return nil
 		})},
 
+	{Name: "leak-sentinel", Kind: Bool, Default: "false", Group: groupMasq, Mode: BPFMode,
+		Usage: "watch each device, behind all other tc programs, for packets that should have been masqueraded",
+		set:   setBool(func(c *Config) *bool { return &c.LeakSentinel })},
+
 	{Name: "ipv4-native-routing-cidr", Kind: List, Group: groupExclude,
 		Usage: "IPv4 destinations that are never masqueraded; unset: the local pod range, unless ip-masq-agent is on",
 		set:   setNative(func(c *Config) *[]policy.Rule { return &c.Native4 }, ipv4Only)},

@@ -17,11 +17,12 @@ type attachment struct {
 	name     string
 	index    int
 	ethernet bool
-	links    [2]link.Link // by direction; tcx only
+	links    [3]link.Link // by direction; tcx only
 	ahead    link.Link    // of a migration: the new ingress program, in front of links[ingress]
-	current  [2]bool      // by direction: the link has this version's program
+	current  [3]bool      // by direction: the link has this version's program
 	filters  bool         // clsact filters of ours are, or may be, there
 	whole    bool         // the last attempt left both programs on it
+	moves    int          // how often the egress program was put ahead of others
 	draining bool
 	since    uint32 // draining: from this second of the monotonic clock on
 	given    uint64 // draining: since the Apply after this one
@@ -57,16 +58,20 @@ type direction int
 const (
 	egress direction = iota
 	ingress
+	sentinel // leaving too, behind all others: see sentinel.go
 )
 
 // directions in the order of attachment: the egress program comes last, so that
 // replies find the way back from the first packet on.
 var directions = [...]direction{ingress, egress}
 
-func (dir direction) String() string { return [...]string{"egress", "ingress"}[dir] }
+// backwards are all programs in the order of detachment.
+var backwards = [...]direction{sentinel, egress, ingress}
+
+func (dir direction) String() string { return [...]string{"egress", "ingress", "sentinel"}[dir] }
 
 func (dir direction) tcx() ebpf.AttachType {
-	return [...]ebpf.AttachType{ebpf.AttachTCXEgress, ebpf.AttachTCXIngress}[dir]
+	return [...]ebpf.AttachType{ebpf.AttachTCXEgress, ebpf.AttachTCXIngress, ebpf.AttachTCXEgress}[dir]
 }
 
 // attach puts both programs on devices, or repairs what is missing there. All
@@ -106,6 +111,9 @@ func (d *Datapath) attach(list []*attachment) error {
 		if hook, ok := a.hook(); ok && !before[a] {
 			d.opt.Log.Info("attached", "device", a.name, "hook", string(hook))
 		}
+		if err == nil {
+			err = d.attachSentinel(a)
+		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -128,7 +136,13 @@ func (d *Datapath) attachProgram(a *attachment, dir direction) error {
 		return d.attachLink(a, dir, prog)
 	}
 	a.filters = true
-	return attachTC(d.opt.Root, a, dir, prog)
+	if err := attachTC(d.opt.Root, a, dir, prog); err != nil {
+		return err
+	}
+	if dir == egress && a.displaced(egress) {
+		return d.moveFilter(a, prog)
+	}
+	return nil
 }
 
 // dropOtherHook takes away what an earlier agent attached by the other hook: for a
@@ -150,13 +164,16 @@ func (d *Datapath) dropOtherHook(a *attachment) error {
 	return nil
 }
 
-// Healthy tells whether both programs are on each device that they were attached
-// to, as far as it masquerades; if not, Apply repairs it. It costs a few system
+// Healthy tells whether the programs are on each device that they were attached
+// to, and in their place, as far as it masquerades; if not, Apply repairs it. It costs a few system
 // calls a device.
 func (d *Datapath) Healthy() bool {
 	for _, a := range d.attached {
 		if a.whole && !a.draining {
-			if _, ok := a.hook(); !ok {
+			if _, ok := a.hook(); !ok || a.displaced(egress) {
+				return false
+			}
+			if d.opt.Sentinel && (!a.watched() || a.displaced(sentinel)) {
 				return false
 			}
 		}
@@ -175,7 +192,7 @@ func (d *Datapath) Attached() []Attachment {
 			continue
 		}
 		out = append(out, Attachment{Device: a.name, Index: a.index, Hook: hook, Draining: a.draining,
-			Ahead: programsAhead(a.index, a.links[egress])})
+			Ahead: programsAhead(a.index, a.links[egress]), Sentinel: a.watched()})
 	}
 	slices.SortFunc(out, func(a, b Attachment) int { return strings.Compare(a.Device, b.Device) })
 	return out
@@ -191,7 +208,7 @@ func (d *Datapath) forgetGone() {
 		case err == nil:
 			a.name = dev.Attrs().Name
 			a.forgetDead()
-			if a.draining && a.links == [2]link.Link{} && !a.filters {
+			if a.draining && a.links == [3]link.Link{} && !a.filters {
 				d.opt.Log.Info("detached by others", "device", a.name)
 				d.forget(a)
 			}
@@ -208,7 +225,7 @@ func (d *Datapath) forgetGone() {
 
 // forgetDead lets go of links and filters that are no longer on the device.
 func (a *attachment) forgetDead() {
-	for _, dir := range directions {
+	for _, dir := range backwards {
 		if a.links[dir] != nil && !a.linked(dir) {
 			a.links[dir].Close()
 			a.links[dir] = nil

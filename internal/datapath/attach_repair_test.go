@@ -150,7 +150,8 @@ func TestAttachOrder(t *testing.T) {
 	b.apply(in)
 	var ids [2][]link.ID
 	for _, a := range b.attached {
-		for dir, l := range a.links {
+		for _, dir := range directions {
+			l := a.links[dir]
 			info, err := l.Info()
 			if err != nil {
 				t.Fatal(err)

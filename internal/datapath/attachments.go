@@ -25,14 +25,14 @@ func (i *Inspector) Attachments() ([]Attachment, error) {
 	for _, dev := range devices {
 		index := dev.Attrs().Index
 		a := &attachment{index: index, filters: true}
-		for _, dir := range directions {
+		for _, dir := range backwards {
 			a.links[dir], _ = link.LoadPinnedLink(filepath.Join(i.root, pinLink(dir, index)), nil)
 		}
 		if hook, ok := a.hook(); ok {
 			entry, err := i.maps[pinDevices].LookupBytes(uint32(index))
 			draining := err != nil || entry == nil
 			out = append(out, Attachment{Device: dev.Attrs().Name, Index: index, Hook: hook, Draining: draining,
-				Ahead: programsAhead(index, a.links[egress])})
+				Ahead: programsAhead(index, a.links[egress]), Sentinel: a.watched()})
 		}
 		a.release()
 	}
@@ -160,10 +160,13 @@ func removePin(path string) error {
 }
 
 func pinRank(name string) int {
-	if _, _, ok := parsePinLink(name); ok {
+	switch dir, _, ok := parsePinLink(name); {
+	case ok && dir == sentinel:
 		return 0
+	case ok:
+		return 1
 	}
-	return 1
+	return 2
 }
 
 func removeFilters(root string) ([]string, error) {

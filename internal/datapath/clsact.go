@@ -27,7 +27,7 @@ func filterName(dir direction) string { return "bauta_" + dir.String() }
 const aheadName = "bauta_ingress_next"
 
 func filterParent(dir direction) uint32 {
-	return [...]uint32{netlink.HANDLE_MIN_EGRESS, netlink.HANDLE_MIN_INGRESS}[dir]
+	return [...]uint32{netlink.HANDLE_MIN_EGRESS, netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS}[dir]
 }
 
 func clsact(index int) netlink.Qdisc {
@@ -132,6 +132,9 @@ func putFilter(index int, dir direction, prog *ebpf.Program) error {
 		}
 		return nil
 	}
+	if dir == sentinel {
+		return addFilterLast(filter)
+	}
 	return addFilter(filter)
 }
 
@@ -192,12 +195,28 @@ func dropAheadFilter(index int) error {
 	return err
 }
 
+// addFilterLast adds a filter behind all others.
+func addFilterLast(f *netlink.BpfFilter) (err error) {
+	for n := range uint16(lastPriority) {
+		f.Priority = 65535 - n
+		if err = netlink.FilterAdd(f); !taken(err) {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("add filter: %w", err)
+	}
+	return nil
+}
+
+// taken tells whether a priority can't be had because of another filter. EEXIST: the
+// handle is another's; EINVAL: the priority is one of another kind or protocol.
+func taken(err error) bool { return errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EINVAL) }
+
 // addFilter adds a filter as far ahead as it can be without touching another one.
 func addFilter(f *netlink.BpfFilter) (err error) {
 	for f.Priority = firstPriority; f.Priority <= lastPriority; f.Priority++ {
-		err = netlink.FilterAdd(f)
-		// EEXIST: the handle is another's; EINVAL: the priority is one of another kind or protocol.
-		if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EINVAL) {
+		if err = netlink.FilterAdd(f); !taken(err) {
 			break
 		}
 	}
@@ -250,22 +269,34 @@ func hasFilter(index int, dir direction) bool {
 
 // leftFilters tells whether filters of ours are on a device, also where they do no good.
 func leftFilters(index int) (bool, error) {
-	out, err1 := ownFilters(index, egress)
-	in, err2 := ownFilters(index, ingress)
-	return len(out)+len(in) > 0, errors.Join(err1, err2)
+	n := 0
+	var errs []error
+	for _, dir := range backwards {
+		own, err := ownFilters(index, dir)
+		n += len(own)
+		errs = append(errs, err)
+	}
+	return n > 0, errors.Join(errs...)
 }
 
-// deleteFilters removes our filters, the egress one first to leave as it came.
+// deleteFilters removes our filters, the last one first to leave as it came.
 func deleteFilters(index int) error {
-	for _, dir := range [...]direction{egress, ingress} {
-		own, err := ownFilters(index, dir)
-		if err != nil {
+	for _, dir := range backwards {
+		if err := deleteFilter(index, dir); err != nil {
 			return err
 		}
-		for _, f := range own {
-			if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
-				return fmt.Errorf("delete filter: %w", err)
-			}
+	}
+	return nil
+}
+
+func deleteFilter(index int, dir direction) error {
+	own, err := ownFilters(index, dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range own {
+		if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete filter: %w", err)
 		}
 	}
 	return nil

@@ -29,6 +29,7 @@ type Options struct {
 	Without []Feature
 	// AllowPrivateBPFFS lets Root be on a bpffs outside the host's mount namespace (labs).
 	AllowPrivateBPFFS bool
+	Sentinel          bool // attach the leak sentinel
 	Log               *slog.Logger
 
 	interrupt func(step string) error // tests only: see Datapath
@@ -51,6 +52,8 @@ type Attachment struct {
 	Draining bool `json:"draining,omitempty"`
 	// Ahead names tc programs that see leaving packets before ours.
 	Ahead []string `json:"ahead,omitempty"`
+	// Sentinel: the leak sentinel watches it.
+	Sentinel bool `json:"sentinel,omitempty"`
 }
 
 // Count is a counter of the data plane since its maps were made.

@@ -51,6 +51,11 @@ func (a *attachment) linked(dir direction) bool {
 }
 
 func (d *Datapath) attachLink(a *attachment, dir direction, prog *ebpf.Program) error {
+	if a.displaced(dir) {
+		if err := d.moveLink(a, dir); err != nil {
+			return err
+		}
+	}
 	if a.linked(dir) {
 		return nil
 	}
@@ -59,8 +64,11 @@ func (d *Datapath) attachLink(a *attachment, dir direction, prog *ebpf.Program) 
 		a.links[dir].Close()
 		a.links[dir] = nil
 	}
-	// First of the chain: a program ahead of us could end it.
-	l, err := link.AttachTCX(link.TCXOptions{Interface: a.index, Program: prog, Attach: dir.tcx(), Anchor: link.Head()})
+	anchor := link.Head() // a program ahead of us could end the chain
+	if dir == sentinel {
+		anchor = link.Tail()
+	}
+	l, err := link.AttachTCX(link.TCXOptions{Interface: a.index, Program: prog, Attach: dir.tcx(), Anchor: anchor})
 	if err != nil {
 		return err
 	}
@@ -72,19 +80,24 @@ func (d *Datapath) attachLink(a *attachment, dir direction, prog *ebpf.Program) 
 	return nil
 }
 
-// dropLinks detaches the links of a, the egress program first to leave as it came.
-// The kernel would do it when the last reference is gone, but some time later.
+// dropLinks detaches the links of a, the last one first to leave as it came.
 func (d *Datapath) dropLinks(a *attachment) {
-	for _, dir := range [...]direction{egress, ingress} {
-		if a.links[dir] != nil {
-			if err := a.links[dir].Detach(); err != nil {
-				d.opt.Log.Debug("detach", "device", a.name, "direction", dir.String(), "error", err) // the device is gone
-			}
-			a.links[dir].Close()
-			a.links[dir] = nil
-		}
-		os.Remove(filepath.Join(d.opt.Root, pinLink(dir, a.index)))
+	for _, dir := range backwards {
+		d.dropLink(a, dir)
 	}
+}
+
+// dropLink detaches a link. The kernel would do it when the last reference is gone,
+// but some time later.
+func (d *Datapath) dropLink(a *attachment, dir direction) {
+	if a.links[dir] != nil {
+		if err := a.links[dir].Detach(); err != nil {
+			d.opt.Log.Debug("detach", "device", a.name, "direction", dir.String(), "error", err) // the device is gone
+		}
+		a.links[dir].Close()
+		a.links[dir] = nil
+	}
+	os.Remove(filepath.Join(d.opt.Root, pinLink(dir, a.index)))
 }
 
 // takeOver finds the attachments that an earlier agent left and gives them this

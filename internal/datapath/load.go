@@ -44,18 +44,19 @@ var ErrBusy = errors.New("another agent is running")
 
 // Datapath is the loaded data plane. Its methods are for one goroutine, but for Walk.
 type Datapath struct {
-	opt      Options
-	features Features
-	lock     *os.File
-	objs     objects
-	raw      rawPrograms         // empty without a device that needs them
-	trie     *ebpf.MapSpec       // of a policy table
-	attached map[int]*attachment // by ifindex
-	taken    bool                // what an earlier agent attached has been taken over
-	applied  *applied
-	tunnels  []Tunnel // written; nil: not yet
-	applies  uint64   // number of complete ones
-	sweeper  *sweeper
+	opt       Options
+	features  Features
+	lock      *os.File
+	objs      objects
+	raw       rawPrograms         // empty without a device that needs them
+	sentinels sentinelPrograms    // empty without Options.Sentinel
+	trie      *ebpf.MapSpec       // of a policy table
+	attached  map[int]*attachment // by ifindex
+	taken     bool                // what an earlier agent attached has been taken over
+	applied   *applied
+	tunnels   []Tunnel // written; nil: not yet
+	applies   uint64   // number of complete ones
+	sweeper   *sweeper
 
 	pins     string       // directory of the tables: opt.Root, or aside during a migration
 	flows    uint32       // size of the tables
@@ -121,6 +122,11 @@ func (d *Datapath) open() error {
 		return err
 	}
 	d.sweeper = newSweeper(&d.objs)
+	if !d.opt.Sentinel {
+		if err := d.clearLeaks(); err != nil {
+			return err
+		}
+	}
 	if st.Active == noGeneration {
 		// Without a policy the programs drop what should leave: whatever is attached
 		// goes on with its own tables until the first Apply.
@@ -226,8 +232,8 @@ func (d *Datapath) unload() (err error) {
 		}
 		d.old = nil
 	}
-	err = errors.Join(err, d.objs.Close(), d.raw.Close())
-	d.objs, d.raw = objects{}, rawPrograms{}
+	err = errors.Join(err, d.objs.Close(), d.raw.Close(), d.sentinels.Close())
+	d.objs, d.raw, d.sentinels, d.tunnels = objects{}, rawPrograms{}, sentinelPrograms{}, nil
 	if d.applied != nil {
 		d.applied.close()
 		d.applied = nil

@@ -108,6 +108,22 @@ type masqInbound struct {
 	Pad     [3]uint8
 }
 
+type masqLeak struct {
+	_      structs.HostLayout
+	Src    masqAddr
+	Dst    masqAddr
+	Device uint32
+	Proto  uint8
+	Pad    [3]uint8
+}
+
+type masqLeakCount struct {
+	_       structs.HostLayout
+	Packets uint64
+	First   uint32
+	Last    uint32
+}
+
 type masqOutcome uint32
 
 const (
@@ -282,6 +298,8 @@ type masqScratch struct {
 	Datagram masqDatagram
 	Header   [60]uint8
 	Quoted   [516]uint8
+	Decided  uint32
+	_        [4]byte
 	Tick     uint64
 	Second   uint32
 	_        [4]byte
@@ -367,33 +385,37 @@ type masqTuple4 struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	masqMapAnswers       = "answers"
-	masqMapCarried       = "carried"
-	masqMapControl       = "control"
-	masqMapCounters      = "counters"
-	masqMapDevices       = "devices"
-	masqMapForward4      = "forward4"
-	masqMapForward6      = "forward6"
-	masqMapFragments     = "fragments"
-	masqMapHeld          = "held"
-	masqMapInbound4      = "inbound4"
-	masqMapInbound6      = "inbound6"
-	masqMapPods          = "pods"
-	masqMapPolicies      = "policies"
-	masqMapRefusals      = "refusals"
-	masqMapReverse4      = "reverse4"
-	masqMapReverse6      = "reverse6"
-	masqMapScratch       = "scratch"
-	masqMapSettings      = "settings"
-	masqMapShares        = "shares"
-	masqMapStats         = "stats"
-	masqMapTunnels       = "tunnels"
-	masqProgEgressEther  = "egress_ether"
-	masqProgEgressRaw    = "egress_raw"
-	masqProgIngressEther = "ingress_ether"
-	masqProgIngressRaw   = "ingress_raw"
-	masqProgReap         = "reap"
-	masqVarHaveCsumIpv6  = "have_csum_ipv6"
+	masqMapAnswers        = "answers"
+	masqMapCarried        = "carried"
+	masqMapControl        = "control"
+	masqMapCounters       = "counters"
+	masqMapDevices        = "devices"
+	masqMapForward4       = "forward4"
+	masqMapForward6       = "forward6"
+	masqMapFragments      = "fragments"
+	masqMapHeld           = "held"
+	masqMapInbound4       = "inbound4"
+	masqMapInbound6       = "inbound6"
+	masqMapLeaked         = "leaked"
+	masqMapLeaks          = "leaks"
+	masqMapPods           = "pods"
+	masqMapPolicies       = "policies"
+	masqMapRefusals       = "refusals"
+	masqMapReverse4       = "reverse4"
+	masqMapReverse6       = "reverse6"
+	masqMapScratch        = "scratch"
+	masqMapSettings       = "settings"
+	masqMapShares         = "shares"
+	masqMapStats          = "stats"
+	masqMapTunnels        = "tunnels"
+	masqProgEgressEther   = "egress_ether"
+	masqProgEgressRaw     = "egress_raw"
+	masqProgIngressEther  = "ingress_ether"
+	masqProgIngressRaw    = "ingress_raw"
+	masqProgReap          = "reap"
+	masqProgSentinelEther = "sentinel_ether"
+	masqProgSentinelRaw   = "sentinel_raw"
+	masqVarHaveCsumIpv6   = "have_csum_ipv6"
 )
 
 // loadMasq returns the embedded CollectionSpec for masq.
@@ -438,11 +460,13 @@ type masqSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type masqProgramSpecs struct {
-	EgressEther  *ebpf.ProgramSpec `ebpf:"egress_ether"`
-	EgressRaw    *ebpf.ProgramSpec `ebpf:"egress_raw"`
-	IngressEther *ebpf.ProgramSpec `ebpf:"ingress_ether"`
-	IngressRaw   *ebpf.ProgramSpec `ebpf:"ingress_raw"`
-	Reap         *ebpf.ProgramSpec `ebpf:"reap"`
+	EgressEther   *ebpf.ProgramSpec `ebpf:"egress_ether"`
+	EgressRaw     *ebpf.ProgramSpec `ebpf:"egress_raw"`
+	IngressEther  *ebpf.ProgramSpec `ebpf:"ingress_ether"`
+	IngressRaw    *ebpf.ProgramSpec `ebpf:"ingress_raw"`
+	Reap          *ebpf.ProgramSpec `ebpf:"reap"`
+	SentinelEther *ebpf.ProgramSpec `ebpf:"sentinel_ether"`
+	SentinelRaw   *ebpf.ProgramSpec `ebpf:"sentinel_raw"`
 }
 
 // masqMapSpecs contains maps before they are loaded into the kernel.
@@ -460,6 +484,8 @@ type masqMapSpecs struct {
 	Held      *ebpf.MapSpec `ebpf:"held"`
 	Inbound4  *ebpf.MapSpec `ebpf:"inbound4"`
 	Inbound6  *ebpf.MapSpec `ebpf:"inbound6"`
+	Leaked    *ebpf.MapSpec `ebpf:"leaked"`
+	Leaks     *ebpf.MapSpec `ebpf:"leaks"`
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Policies  *ebpf.MapSpec `ebpf:"policies"`
 	Refusals  *ebpf.MapSpec `ebpf:"refusals"`
@@ -510,6 +536,8 @@ type masqMaps struct {
 	Held      *ebpf.Map `ebpf:"held"`
 	Inbound4  *ebpf.Map `ebpf:"inbound4"`
 	Inbound6  *ebpf.Map `ebpf:"inbound6"`
+	Leaked    *ebpf.Map `ebpf:"leaked"`
+	Leaks     *ebpf.Map `ebpf:"leaks"`
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Policies  *ebpf.Map `ebpf:"policies"`
 	Refusals  *ebpf.Map `ebpf:"refusals"`
@@ -535,6 +563,8 @@ func (m *masqMaps) Close() error {
 		m.Held,
 		m.Inbound4,
 		m.Inbound6,
+		m.Leaked,
+		m.Leaks,
 		m.Pods,
 		m.Policies,
 		m.Refusals,
@@ -559,11 +589,13 @@ type masqVariables struct {
 //
 // It can be passed to loadMasqObjects or ebpf.CollectionSpec.LoadAndAssign.
 type masqPrograms struct {
-	EgressEther  *ebpf.Program `ebpf:"egress_ether"`
-	EgressRaw    *ebpf.Program `ebpf:"egress_raw"`
-	IngressEther *ebpf.Program `ebpf:"ingress_ether"`
-	IngressRaw   *ebpf.Program `ebpf:"ingress_raw"`
-	Reap         *ebpf.Program `ebpf:"reap"`
+	EgressEther   *ebpf.Program `ebpf:"egress_ether"`
+	EgressRaw     *ebpf.Program `ebpf:"egress_raw"`
+	IngressEther  *ebpf.Program `ebpf:"ingress_ether"`
+	IngressRaw    *ebpf.Program `ebpf:"ingress_raw"`
+	Reap          *ebpf.Program `ebpf:"reap"`
+	SentinelEther *ebpf.Program `ebpf:"sentinel_ether"`
+	SentinelRaw   *ebpf.Program `ebpf:"sentinel_raw"`
 }
 
 func (p *masqPrograms) Close() error {
@@ -573,6 +605,8 @@ func (p *masqPrograms) Close() error {
 		p.IngressEther,
 		p.IngressRaw,
 		p.Reap,
+		p.SentinelEther,
+		p.SentinelRaw,
 	)
 }
 

@@ -32,12 +32,14 @@ const (
 	pinStats     = "stats"
 	pinReap      = "reap"
 	pinTunnels   = "tunnels"
+	pinLeaks     = "leaks"
+	pinLeaked    = "leaked"
 )
 
 var fixedPins = []string{
 	pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6, pinFragments,
 	pinPolicies, pinControl, pinSettings, pinCounters, pinDevices,
-	pinPods, pinShares, pinRefusals, pinStats, pinReap, pinTunnels,
+	pinPods, pinShares, pinRefusals, pinStats, pinReap, pinTunnels, pinLeaks, pinLeaked,
 }
 
 // newSuffix marks a pin that is about to take the place of another one.
@@ -55,7 +57,7 @@ func pinTrie(generation uint32, which int) string {
 func pinLink(dir direction, index int) string { return fmt.Sprintf("%s_%d", dir, index) }
 
 func parsePinLink(name string) (dir direction, index int, ok bool) {
-	for _, dir := range directions {
+	for _, dir := range backwards {
 		if s, found := strings.CutPrefix(name, dir.String()+"_"); found {
 			index, err := strconv.Atoi(s)
 			return dir, index, err == nil
@@ -83,7 +85,7 @@ func ownPin(name string) bool {
 	if _, err := strconv.Atoi(number); !found || err != nil {
 		return false
 	}
-	return slices.Contains([]string{"source", "destination", "route", "egress", "ingress", "clsact"}, prefix)
+	return slices.Contains([]string{"source", "destination", "route", "egress", "ingress", "sentinel", "clsact"}, prefix)
 }
 
 // pinNames lists what is below root, without what others put there.

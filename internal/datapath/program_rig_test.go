@@ -123,6 +123,9 @@ func runPrograms(t *testing.T, r *rig) {
 		{"TunnelTakesOver", testTunnelTakesOver},
 		{"TunnelPorts", testTunnelPorts},
 		{"TunnelList", testTunnelList},
+		{"SentinelSees", testSentinelSees},
+		{"SentinelExcuses", testSentinelExcuses},
+		{"SentinelPolicyChange", testSentinelPolicyChange},
 		{"Heals", testHeals},
 		{"LostPort", testLostPort},
 		{"SamePortEverywhere", testSamePortEverywhere},
@@ -390,6 +393,11 @@ func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbC
 	if res.outcome.Verdict() == policy.Pass && !slices.Equal(res.data, frame) {
 		r.t.Fatalf("%s: %s changed the packet\n was %x\n is  %x", dir, res.outcome, frame, res.data)
 	}
+	if dir == egress && verdict == verdictNext && repeat == 1 {
+		if n := r.sentinel(link, res.data, ctx); n != 0 {
+			r.t.Fatalf("egress: %s: the leak sentinel counts %d packets: %x", res.outcome, n, res.data)
+		}
+	}
 	return res
 }
 
@@ -473,6 +481,43 @@ func (b *batch) end() {
 	if moved := b.r.moved(b.dir); moved[b.outcome] != b.n || len(moved) > 1 {
 		b.r.t.Fatalf("%s: counters moved: %v, want %s by %d", b.dir, moved, b.outcome, b.n)
 	}
+}
+
+// sentinel shows a packet to the leak sentinel, and returns how many it counts.
+func (r *rig) sentinel(link packet.Link, frame []byte, ctx skbContext) uint64 {
+	r.t.Helper()
+	before := r.leaked(ctx.Ifindex)
+	out := make([]byte, len(frame)+64)
+	opt := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx}
+	var verdict uint32
+	err := r.ns.Do(func() error {
+		prog, err := r.d.program(sentinel, link != packet.Raw)
+		if err == nil {
+			verdict, err = prog.Run(&opt)
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatalf("sentinel, link %d, %x: %v", link, frame, err)
+	}
+	if verdict != verdictNext || !slices.Equal(opt.DataOut, frame) {
+		r.t.Fatalf("the sentinel: verdict %d, was %x, is %x", int32(verdict), frame, opt.DataOut)
+	}
+	return r.leaked(ctx.Ifindex) - before
+}
+
+// leaked is what the sentinel has counted on a device.
+func (r *rig) leaked(index uint32) (n uint64) {
+	r.t.Helper()
+	var perCPU []masqLeakCount
+	err := r.d.objs.Leaked.Lookup(index, &perCPU)
+	if !errors.Is(err, ebpf.ErrKeyNotExist) {
+		r.must(err)
+	}
+	for _, c := range perCPU {
+		n += c.Packets
+	}
+	return n
 }
 
 // send runs a built packet and expects an outcome; want is the packet that must

@@ -42,13 +42,20 @@ func (r *rawPrograms) Close() error { return _MasqClose(r.Egress, r.Ingress) }
 // program returns the one for a direction and kind of link header.
 func (d *Datapath) program(dir direction, ethernet bool) (*ebpf.Program, error) {
 	switch {
+	case dir == sentinel:
+		if d.sentinels.Ether == nil {
+			if err := d.loadMore(&d.sentinels); err != nil {
+				return nil, err
+			}
+		}
+		return d.sentinels.of(ethernet), nil
 	case dir == egress && ethernet:
 		return d.objs.EgressEther, nil
 	case ethernet:
 		return d.objs.IngressEther, nil
 	}
 	if d.raw.Egress == nil {
-		if err := d.loadRaw(); err != nil {
+		if err := d.loadMore(&d.raw); err != nil {
 			return nil, err
 		}
 	}
@@ -58,9 +65,8 @@ func (d *Datapath) program(dir direction, ethernet bool) (*ebpf.Program, error) 
 	return d.raw.Ingress, nil
 }
 
-// loadRaw loads the programs for the first device without a link-layer header; they
-// use the same maps.
-func (d *Datapath) loadRaw() error {
+// loadMore loads programs that not every node needs; they use the same maps.
+func (d *Datapath) loadMore(to any) error {
 	spec, err := loadMasq()
 	if err != nil {
 		return fmt.Errorf("read the embedded programs: %w", err)
@@ -72,7 +78,7 @@ func (d *Datapath) loadRaw() error {
 	for name, m := range maps {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
-	if err := spec.LoadAndAssign(&d.raw, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
+	if err := spec.LoadAndAssign(to, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
 		return loadError(d.opt.Root, err)
 	}
 	return nil

@@ -173,7 +173,7 @@ func TestNoLeak(t *testing.T) {
 	rng := labtest.Rand(t)
 	list := n.writeList("10.0.0.0/8", n.Excluded.V4.String()+"/32", n.Excluded.V6.String()+"/128")
 	// Short timers: late packets find no mapping any more.
-	n.start(podCIDRs, "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+list,
+	n.start(podCIDRs, "--leak-sentinel", "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+list,
 		"--nat-timeout-tcp-closing=1s", "--nat-timeout-udp=1s", "--nat-timeout-udp-stream=2s", "--nat-timeout-icmp=1s",
 		"--nat-timeout-other=1s")
 	wire := n.watchWire(append(n.Excluded.All(), n.Excluded10)...)
@@ -221,6 +221,10 @@ func TestNoLeak(t *testing.T) {
 	}
 	if excluded.N() == 0 || bare.N() == 0 {
 		t.Errorf("the wire saw %d packets to excluded destinations and %d translated GRE packets", excluded.N(), bare.N())
+	}
+	// The wire is one witness, the sentinel the other.
+	if l := n.status().Leaks; l.Packets != 0 || !l.Sentinel {
+		t.Errorf("the leak sentinel: %+v", l)
 	}
 	drops, counts := n.status().Drops, n.counts()
 	t.Logf("load %v, counts %v, %d packets that must be dropped", l.done, counts, dead.Load())
