@@ -139,7 +139,7 @@ func testAcceleratedTags(t *testing.T, r *rig) {
 				for i, s := range f.conversation(k.p, k.p.From(f.node, keptPort)) {
 					opt := ebpf.RunOptions{Data: s.frame, DataOut: make([]byte, len(s.frame)+64),
 						Context: skbContext{Ifindex: uint32(r.device["eth0"])}}
-					verdict, err := progs[s.dir].Run(&opt)
+					verdict, err := r.runIn(progs[s.dir], &opt)
 					r.must(err)
 					// The tag that was pushed last is not in the data.
 					want := s.want
@@ -174,7 +174,7 @@ func testCompleteKinds(t *testing.T, r *rig) {
 		r.must(err)
 		opt := ebpf.RunOptions{Data: c.frame, DataOut: make([]byte, len(c.frame)+64), Flags: testRunComplete,
 			Context: skbContext{Ifindex: uint32(r.device["eth0"])}}
-		_, err = prog.Run(&opt)
+		_, err = r.runIn(prog, &opt)
 		return opt.DataOut, err
 	}
 	eachFamily(t, r, func(r *rig, f family) {

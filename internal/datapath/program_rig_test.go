@@ -405,18 +405,22 @@ func (r *rig) runContext(dir direction, link packet.Link, frame []byte, ctx skbC
 func (r *rig) execute(dir direction, link packet.Link, frame []byte, ctx skbContext, repeat uint32) (uint32, []byte) {
 	r.t.Helper()
 	opt := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+64), Context: ctx, Repeat: repeat}
-	var verdict uint32
-	err := r.ns.Do(func() error {
-		prog, err := r.d.program(dir, link != packet.Raw)
-		if err == nil {
-			verdict, err = prog.Run(&opt)
-		}
-		return err
-	})
+	prog, err := r.d.program(dir, link != packet.Raw)
+	r.must(err)
+	verdict, err := r.runIn(prog, &opt)
 	if err != nil {
 		r.t.Fatalf("%s of %d bytes: %v", dir, len(frame), err)
 	}
 	return verdict, opt.DataOut
+}
+
+// runIn runs a program in the namespace of the rig, where the devices are.
+func (r *rig) runIn(prog *ebpf.Program, opt *ebpf.RunOptions) (verdict uint32, err error) {
+	err = r.ns.Do(func() error {
+		verdict, err = prog.Run(opt)
+		return err
+	})
+	return verdict, err
 }
 
 // moved returns by how much the counters moved since it was asked last, all of which
