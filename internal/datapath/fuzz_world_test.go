@@ -59,6 +59,10 @@ func newWorlds(f *testing.F) *worlds {
 	w := &worlds{
 		r: newRigFlows(f, fuzzFlows), policies: make(map[worldChoice]*policy.Policy), settings: make(map[worldChoice]*masqSetting),
 	}
+	for _, dev := range []string{"eth0", "eth1"} { // where held fragments arrive again
+		w.r.must(w.r.ns.SetMTU(dev, 9000))
+		w.r.must(w.r.ns.SetUp(dev))
+	}
 	pods := w.r.familyInput()
 	forwarded := w.r.familyInput()
 	forwarded.Sources, forwarded.Native = nil, nil
