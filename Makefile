@@ -6,7 +6,7 @@ ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check lint test kernels bench demo ci ci-generated
+.PHONY: help build generate check lint test kernels fuzz bench demo ci ci-generated
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +41,14 @@ generate: ## the BPF objects, with the pinned clang
 ci-generated: generate ## proves that the committed objects are what the sources give
 	git diff --exit-code -- internal/datapath docs
 
-kernels: ## the data plane on 5.10, 6.1, 6.12 and the newest kernel in QEMU (10 minutes)
+kernels: ## program and lab suites, the demo and some of e2e on 5.10, 6.1, 6.12 and the newest kernel in QEMU (root, 40 minutes)
 	@tools/need kernels
 	test/kernels/run
+
+FUZZTIME ?= 10m
+fuzz: ## each fuzz test of the programs for FUZZTIME, one after the other (root)
+	for t in FuzzEgress FuzzIngress FuzzICMPError FuzzSequence; do \
+		go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x -parallel 1 ./internal/datapath || exit 1; done
 
 bench: ## ns per packet of the programs (root)
 	go test -run '^$$' -bench . -benchtime 1x -count 5 ./internal/datapath

@@ -102,7 +102,7 @@ func viewIP(frame []byte, l3 int, is4, quoted bool) (wire, bool) {
 	case v.proto == packet.TCP && !quoted:
 		need = 20
 	case v.proto == packet.SCTP && !quoted:
-		need = 12
+		need = 16 // and its first chunk's header
 	case !v.ports() && !v.icmp():
 		need = 0
 	}
@@ -112,16 +112,16 @@ func viewIP(frame []byte, l3 int, is4, quoted bool) (wire, bool) {
 	return v, true
 }
 
-// walk goes behind the extension headers.
+// walk goes behind the extension headers; six are walked (contract: a bounded walk).
 func (v *wire) walk() {
-	for {
+	for n := 0; ; n++ {
 		size := 0
 		switch v.proto {
 		case packet.HopByHop, packet.Routing, packet.Destination, packet.AH, packet.Fragment:
 		default:
 			return
 		}
-		if len(v.frame) < v.l4+8 {
+		if n == 6 || len(v.frame) < v.l4+8 {
 			v.hidden = true
 			return
 		}
