@@ -12,6 +12,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/rlimit"
 
 	"bauta.dev/bauta/internal/policy"
 )
@@ -29,6 +30,9 @@ var ErrNone = errors.New("no data plane")
 
 // Inspect opens the pinned objects below root. ErrNone: there are none.
 func Inspect(root string) (*Inspector, error) {
+	// Kernels before 5.11 charge the programs that a flush and the probes run to RLIMIT_MEMLOCK;
+	// without the privilege to lift it, reading works all the same.
+	_ = rlimit.RemoveMemlock()
 	i := &Inspector{root: root, maps: make(map[string]*ebpf.Map)}
 	layout, ok, err := readLayout(root)
 	i.old = err == nil && ok && layout != mapLayout
