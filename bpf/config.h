@@ -63,3 +63,10 @@ volatile const __u8 have_csum_ipv6 = 0;
 #define QUARANTINE_SECONDS 120
 /* Seconds an external port may be held by a half-made mapping (a crash between two inserts). */
 #define ORPHAN_SECONDS 5
+/* Seconds without a sweep of the agent after which the kernel reclaims by itself, and ns between its
+ * walks, each of one table. */
+volatile const __u32 reclaim_after = 60;
+volatile const __u64 reclaim_period = 15000000000ULL;
+/* Candidates that a walk looks at, 0.5 us each: packets wait for a timer, threads for a work. */
+#define RECLAIM_BATCH_TIMER 16384
+#define RECLAIM_BATCH_WORK 65536

@@ -34,6 +34,7 @@
 #include "ingress.h"
 #include "sentinel.h"
 #include "reap.h"
+#include "reclaim.h"
 
 /* The only way out: counts the outcome and turns it into a verdict. A packet that goes on is
  * handed to the next program of the chain (TC_ACT_UNSPEC is TCX_NEXT), so we end nobody's. */
@@ -133,6 +134,19 @@ SEC("tc")
 int reap(struct __sk_buff *skb)
 {
 	return reap_records(skb);
+}
+
+/* Run once by the agent: see reclaim.h. */
+SEC("tc")
+int reclaim_timer(UNUSED struct __sk_buff *skb)
+{
+	return reclaim_arm(false);
+}
+
+SEC("tc")
+int reclaim_work(UNUSED struct __sk_buff *skb)
+{
+	return reclaim_arm(true);
 }
 
 /* clang keeps a type in the BTF only if a map, a function or a variable has it: these are for

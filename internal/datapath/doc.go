@@ -33,6 +33,7 @@ type Options struct {
 	Log               *slog.Logger
 
 	interrupt func(step string) error // tests only: see Datapath
+	reclaim   *reclaimTiming          // tests only
 }
 
 // Hook is the kind of attachment.

@@ -36,10 +36,10 @@ func Inspect(root string) (*Inspector, error) {
 	i := &Inspector{root: root, maps: make(map[string]*ebpf.Map)}
 	layout, ok, err := readLayout(root)
 	i.old = err == nil && ok && layout != mapLayout
-	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices, pinStats, pinRefusals,
+	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices, pinStats, pinRefusals, pinReclaim,
 		pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6} {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(root, name), nil)
-		if errors.Is(err, os.ErrNotExist) && i.old && (name == pinStats || name == pinRefusals) {
+		if errors.Is(err, os.ErrNotExist) && i.old && (name == pinStats || name == pinRefusals || name == pinReclaim) {
 			continue
 		}
 		if err != nil {
@@ -98,13 +98,13 @@ func (i *Inspector) Applied() bool {
 	return err == nil && ok
 }
 
-// Tier names what the running kernel offers.
+// Tier names what the running kernel offers, and what expires flows without an agent.
 func (i *Inspector) Tier() string {
 	f, err := Probe()
 	if err != nil {
 		return "unknown"
 	}
-	return f.Tier()
+	return f.Tier() + "; " + i.reclaimTier()
 }
 
 // destinations reads the table by destination of the policy in force.

@@ -147,6 +147,7 @@ func (d *Datapath) takeOver() error {
 		d.opt.Log.Warn("attachments of an earlier agent not complete", "error", err)
 	}
 	d.taken = true
+	d.armReclaim()
 	return d.removeMarks()
 }
 

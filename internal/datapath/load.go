@@ -64,6 +64,8 @@ type Datapath struct {
 	lastPass uint32       // of the migration: second in which the last but one began; 0: unknown
 	control  sync.Mutex   // around changes of the control map
 
+	armed, armWarned bool // expiry in the kernel: ready; not, and that was said
+
 	// interrupt, set by tests only, is called before each write of Apply and each step of
 	// a migration; an error stops there, as a crash would.
 	interrupt func(step string) error
@@ -238,7 +240,7 @@ func (d *Datapath) unload() (err error) {
 		d.applied.close()
 		d.applied = nil
 	}
-	d.taken = false
+	d.taken, d.armed = false, false
 	return err
 }
 

@@ -189,6 +189,25 @@ type masqReapRecord struct {
 	Percent uint32
 }
 
+type masqReclaimState struct {
+	_     structs.HostLayout
+	Timer struct {
+		_ structs.HostLayout
+		_ [16]byte
+	}
+	Work struct {
+		_      structs.HostLayout
+		Opaque [2]uint64
+	}
+	By      uint32
+	Turn    uint32
+	Skip    uint32
+	Runs    uint32
+	Removed uint64
+	Took    uint64
+	Longest uint64
+}
+
 type masqRefusal struct {
 	_       structs.HostLayout
 	At      uint64
@@ -400,6 +419,7 @@ const (
 	masqMapLeaks          = "leaks"
 	masqMapPods           = "pods"
 	masqMapPolicies       = "policies"
+	masqMapReclaim        = "reclaim"
 	masqMapRefusals       = "refusals"
 	masqMapReverse4       = "reverse4"
 	masqMapReverse6       = "reverse6"
@@ -413,9 +433,13 @@ const (
 	masqProgIngressEther  = "ingress_ether"
 	masqProgIngressRaw    = "ingress_raw"
 	masqProgReap          = "reap"
+	masqProgReclaimTimer  = "reclaim_timer"
+	masqProgReclaimWork   = "reclaim_work"
 	masqProgSentinelEther = "sentinel_ether"
 	masqProgSentinelRaw   = "sentinel_raw"
 	masqVarHaveCsumIpv6   = "have_csum_ipv6"
+	masqVarReclaimAfter   = "reclaim_after"
+	masqVarReclaimPeriod  = "reclaim_period"
 )
 
 // loadMasq returns the embedded CollectionSpec for masq.
@@ -465,6 +489,8 @@ type masqProgramSpecs struct {
 	IngressEther  *ebpf.ProgramSpec `ebpf:"ingress_ether"`
 	IngressRaw    *ebpf.ProgramSpec `ebpf:"ingress_raw"`
 	Reap          *ebpf.ProgramSpec `ebpf:"reap"`
+	ReclaimTimer  *ebpf.ProgramSpec `ebpf:"reclaim_timer"`
+	ReclaimWork   *ebpf.ProgramSpec `ebpf:"reclaim_work"`
 	SentinelEther *ebpf.ProgramSpec `ebpf:"sentinel_ether"`
 	SentinelRaw   *ebpf.ProgramSpec `ebpf:"sentinel_raw"`
 }
@@ -488,6 +514,7 @@ type masqMapSpecs struct {
 	Leaks     *ebpf.MapSpec `ebpf:"leaks"`
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Policies  *ebpf.MapSpec `ebpf:"policies"`
+	Reclaim   *ebpf.MapSpec `ebpf:"reclaim"`
 	Refusals  *ebpf.MapSpec `ebpf:"refusals"`
 	Reverse4  *ebpf.MapSpec `ebpf:"reverse4"`
 	Reverse6  *ebpf.MapSpec `ebpf:"reverse6"`
@@ -502,7 +529,9 @@ type masqMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type masqVariableSpecs struct {
-	HaveCsumIpv6 *ebpf.VariableSpec `ebpf:"have_csum_ipv6"`
+	HaveCsumIpv6  *ebpf.VariableSpec `ebpf:"have_csum_ipv6"`
+	ReclaimAfter  *ebpf.VariableSpec `ebpf:"reclaim_after"`
+	ReclaimPeriod *ebpf.VariableSpec `ebpf:"reclaim_period"`
 }
 
 // masqObjects contains all objects after they have been loaded into the kernel.
@@ -540,6 +569,7 @@ type masqMaps struct {
 	Leaks     *ebpf.Map `ebpf:"leaks"`
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Policies  *ebpf.Map `ebpf:"policies"`
+	Reclaim   *ebpf.Map `ebpf:"reclaim"`
 	Refusals  *ebpf.Map `ebpf:"refusals"`
 	Reverse4  *ebpf.Map `ebpf:"reverse4"`
 	Reverse6  *ebpf.Map `ebpf:"reverse6"`
@@ -567,6 +597,7 @@ func (m *masqMaps) Close() error {
 		m.Leaks,
 		m.Pods,
 		m.Policies,
+		m.Reclaim,
 		m.Refusals,
 		m.Reverse4,
 		m.Reverse6,
@@ -582,7 +613,9 @@ func (m *masqMaps) Close() error {
 //
 // It can be passed to loadMasqObjects or ebpf.CollectionSpec.LoadAndAssign.
 type masqVariables struct {
-	HaveCsumIpv6 *ebpf.Variable `ebpf:"have_csum_ipv6"`
+	HaveCsumIpv6  *ebpf.Variable `ebpf:"have_csum_ipv6"`
+	ReclaimAfter  *ebpf.Variable `ebpf:"reclaim_after"`
+	ReclaimPeriod *ebpf.Variable `ebpf:"reclaim_period"`
 }
 
 // masqPrograms contains all programs after they have been loaded into the kernel.
@@ -594,6 +627,8 @@ type masqPrograms struct {
 	IngressEther  *ebpf.Program `ebpf:"ingress_ether"`
 	IngressRaw    *ebpf.Program `ebpf:"ingress_raw"`
 	Reap          *ebpf.Program `ebpf:"reap"`
+	ReclaimTimer  *ebpf.Program `ebpf:"reclaim_timer"`
+	ReclaimWork   *ebpf.Program `ebpf:"reclaim_work"`
 	SentinelEther *ebpf.Program `ebpf:"sentinel_ether"`
 	SentinelRaw   *ebpf.Program `ebpf:"sentinel_raw"`
 }
@@ -605,6 +640,8 @@ func (p *masqPrograms) Close() error {
 		p.IngressEther,
 		p.IngressRaw,
 		p.Reap,
+		p.ReclaimTimer,
+		p.ReclaimWork,
 		p.SentinelEther,
 		p.SentinelRaw,
 	)

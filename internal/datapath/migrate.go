@@ -44,6 +44,10 @@ func (d *Datapath) migrate(devices []*attachment) error {
 }
 
 func (d *Datapath) prepareMigration(devices []*attachment) error {
+	// The old tables change least if nothing expires. (Those of layout 1 do not by themselves.)
+	if err := d.beat(); err != nil {
+		return err
+	}
 	to := d.objs.byName()
 	first, err := monotonicSeconds()
 	if err != nil {

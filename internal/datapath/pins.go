@@ -31,6 +31,7 @@ const (
 	pinRefusals  = "refusals"
 	pinStats     = "stats"
 	pinReap      = "reap"
+	pinReclaim   = "reclaim"
 	pinTunnels   = "tunnels"
 	pinLeaks     = "leaks"
 	pinLeaked    = "leaked"
@@ -39,7 +40,7 @@ const (
 var fixedPins = []string{
 	pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6, pinFragments,
 	pinPolicies, pinControl, pinSettings, pinCounters, pinDevices,
-	pinPods, pinShares, pinRefusals, pinStats, pinReap, pinTunnels, pinLeaks, pinLeaked,
+	pinPods, pinShares, pinRefusals, pinStats, pinReap, pinReclaim, pinTunnels, pinLeaks, pinLeaked,
 }
 
 // newSuffix marks a pin that is about to take the place of another one.

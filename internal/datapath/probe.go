@@ -19,13 +19,14 @@ import (
 type Feature uint8
 
 const (
-	TCX       Feature = iota // ordered, pinned attachment; kernel 6.6
-	CsumIPv6                 // BPF_F_IPV6 of bpf_l4_csum_replace; 6.16 and stable trees
-	Atomics                  // atomic operations that return the old value; 5.12
-	ForEach                  // bpf_for_each_map_elem; 5.13
-	Timers                   // bpf_timer; 5.15
-	Loop                     // bpf_loop; 5.17
-	FIBSource                // BPF_FIB_LOOKUP_SRC of bpf_fib_lookup; 6.7
+	TCX        Feature = iota // ordered, pinned attachment; kernel 6.6
+	CsumIPv6                  // BPF_F_IPV6 of bpf_l4_csum_replace; 6.16 and stable trees
+	Atomics                   // atomic operations that return the old value; 5.12
+	ForEach                   // bpf_for_each_map_elem; 5.13
+	Timers                    // bpf_timer; 5.15
+	Loop                      // bpf_loop; 5.17
+	FIBSource                 // BPF_FIB_LOOKUP_SRC of bpf_fib_lookup; 6.7
+	Workqueues                // bpf_wq; 6.10
 )
 
 // kernelFeatures says of each Feature how a kernel is tried, never by version. A knob
@@ -36,13 +37,14 @@ var kernelFeatures = [...]struct {
 	name, knob string
 	have       func() (bool, error)
 }{
-	TCX:       {"tcx", "", probeTCX},
-	CsumIPv6:  {"IPv6 checksum flag", "have_csum_ipv6", probeCsumIPv6},
-	Atomics:   {"atomics", "", probeAtomics},
-	ForEach:   {"for-each", "", probeHelper(asm.FnForEachMapElem)},
-	Timers:    {"timers", "", probeHelper(asm.FnTimerInit)},
-	Loop:      {"loop", "", probeHelper(asm.FnLoop)},
-	FIBSource: {"route source", "", probeFIBSource},
+	TCX:        {"tcx", "", probeTCX},
+	CsumIPv6:   {"IPv6 checksum flag", "have_csum_ipv6", probeCsumIPv6},
+	Atomics:    {"atomics", "", probeAtomics},
+	ForEach:    {"for-each", "", probeHelper(asm.FnForEachMapElem)},
+	Timers:     {"timers", "", probeHelper(asm.FnTimerInit)},
+	Loop:       {"loop", "", probeHelper(asm.FnLoop)},
+	FIBSource:  {"route source", "", probeFIBSource},
+	Workqueues: {"workqueues", "", probeWorkqueues},
 }
 
 func (f Feature) String() string { return kernelFeatures[f].name }

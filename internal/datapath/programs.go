@@ -67,19 +67,24 @@ func (d *Datapath) program(dir direction, ethernet bool) (*ebpf.Program, error) 
 
 // loadMore loads programs that not every node needs; they use the same maps.
 func (d *Datapath) loadMore(to any) error {
-	spec, err := loadMasq()
+	spec, err := d.specForMaps()
 	if err != nil {
-		return fmt.Errorf("read the embedded programs: %w", err)
-	}
-	if err := d.features.set(spec); err != nil {
 		return err
 	}
-	maps := d.objs.byName()
-	for name, m := range maps {
-		spec.Maps[name].MaxEntries = m.MaxEntries()
-	}
-	if err := spec.LoadAndAssign(to, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
+	if err := spec.LoadAndAssign(to, &ebpf.CollectionOptions{MapReplacements: d.objs.byName()}); err != nil {
 		return loadError(d.opt.Root, err)
 	}
 	return nil
+}
+
+// specForMaps is the embedded object, to load programs of it for the maps there are.
+func (d *Datapath) specForMaps() (*ebpf.CollectionSpec, error) {
+	spec, err := loadMasq()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded programs: %w", err)
+	}
+	for name, m := range d.objs.byName() {
+		spec.Maps[name].MaxEntries = m.MaxEntries()
+	}
+	return spec, d.features.set(spec)
 }

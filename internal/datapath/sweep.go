@@ -119,6 +119,9 @@ func (d *Datapath) Walk(ctx context.Context) (Swept, error) {
 // Drain detaches devices that are no masquerade devices any more, once a walk that
 // began after they were given up has found no mapping that is as old as that.
 func (d *Datapath) Drain(s Swept) error {
+	if d.taken {
+		d.armReclaim() // if that failed before
+	}
 	var errs []error
 	for _, a := range d.attached {
 		if a.draining && s.generation > a.given && int32(s.oldest-a.since) > 0 {

@@ -31,6 +31,7 @@ type Feature struct {
 var (
 	TCX         = Feature{"TCX attachment", 6, 6}
 	BPFTimer    = Feature{"BPF timers", 5, 15}
+	BPFWork     = Feature{"BPF workqueues", 6, 10}
 	BPFLoop     = Feature{"bpf_loop", 5, 17}
 	RingBuffer  = Feature{"BPF ring buffer", 5, 8}
 	BatchLookup = Feature{"batched map operations", 5, 6}
