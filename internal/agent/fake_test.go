@@ -90,9 +90,10 @@ func rules(list []policy.Rule) string {
 
 // fakeKernel writes what it would do, a line each.
 type fakeKernel struct {
-	lines   []string
-	refuse  atomic.Pointer[error] // the answer to Apply
-	started time.Time
+	walkTook time.Duration // what each walk says; set before the loop runs
+	lines    []string
+	refuse   atomic.Pointer[error] // the answer to Apply
+	started  time.Time
 
 	mu       sync.Mutex
 	attached []datapath.Attachment
@@ -152,7 +153,7 @@ func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
 
 func (k *fakeKernel) Walk(context.Context) (datapath.Swept, error) {
 	k.say("sweep")
-	return datapath.Swept{}, nil
+	return datapath.Swept{Took: k.walkTook}, nil
 }
 
 func (k *fakeKernel) SetTunnels([]datapath.Tunnel) error { return nil }

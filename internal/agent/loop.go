@@ -89,6 +89,7 @@ type loop struct {
 	sweepErr   error
 	walking    bool        // a walk through the flow tables is under way
 	walkAgain  bool        // and another is wanted
+	nextWalk   time.Time   // not before, by the clock alone
 	walked     chan walked // its result
 	portsError string      // why the pool is not what it should be
 	warned     []string    // that the log has
@@ -174,7 +175,9 @@ func (l *loop) run(ctx context.Context) error {
 		case <-due.C:
 			l.reconcile(ctx, due)
 		case <-sweep.C:
-			l.sweep(ctx)
+			if !time.Now().Before(l.nextWalk) {
+				l.sweep(ctx)
+			}
 		case w := <-l.walked:
 			l.swept(ctx, w)
 		case <-alive:

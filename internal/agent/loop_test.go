@@ -261,6 +261,20 @@ func TestLoopWithADeviceThatCannotBeAttached(t *testing.T) {
 	})
 }
 
+// A walk that takes long is made less often, but each half minute.
+func TestLoopRestsAfterLongWalks(t *testing.T) {
+	for took, want := range map[time.Duration]int{250 * time.Millisecond: 12, time.Second: 3, time.Minute: 2} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBench(t)
+			b.kernel.walkTook = took
+			got := b.run(t, func() { after(61 * time.Second) })
+			if n := strings.Count(got, "sweep"); n != want {
+				t.Errorf("%d walks of %v in a minute, want %d", n, took, want)
+			}
+		})
+	}
+}
+
 // Attached to none of its devices, the agent is not ready.
 func TestLoopWithoutAnyDeviceAttached(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

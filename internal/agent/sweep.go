@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"time"
 
 	"bauta.dev/bauta/internal/datapath"
 )
@@ -29,6 +30,7 @@ func (l *loop) sweep(ctx context.Context) {
 // swept takes the result of a walk.
 func (l *loop) swept(ctx context.Context, w walked) {
 	l.walking = false
+	l.nextWalk = time.Now().Add(rest(w.swept.Took))
 	if ctx.Err() != nil {
 		return
 	}
@@ -48,6 +50,14 @@ func (l *loop) swept(ctx context.Context, w walked) {
 		l.walkAgain = false
 		l.sweep(ctx)
 	}
+}
+
+// rest is the pause after a walk that took so long. A million flows take more than a
+// second: a walk is at work for a twentieth of the time, but the pause has a limit, well
+// below the time after which the kernel takes the agent for dead.
+func rest(took time.Duration) time.Duration {
+	const share, longest = 20, 30 * time.Second
+	return min(took*(share-1), longest)
 }
 
 // awaitWalk returns when no walk is under way: the data plane is going to be closed.
