@@ -98,7 +98,7 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 			slot = set->port[(c->base + slot) & 0xffff];
 		*port = bpf_htons(slot);
 	}
-	return !c->heavy || bpf_ntohs(*port) < c->limit;
+	return bpf_ntohs(*port) < c->limit;
 }
 
 /* Makes the dead entry of s->reverse what s->entry would have been, if it is the flow's own. The
@@ -201,11 +201,15 @@ static __always_inline void claim_aim(struct claim *c, const struct tuple *flow,
 		c->base = low ? 0 : set->privileged;
 		c->size = low ? set->privileged : set->ports - set->privileged;
 		c->stride = set->stride[low][h >> 32 & (STRIDES - 1)];
-		c->limit = set->port[(c->base + c->size * FAIR_PERCENT / 100) & 0xffff];
 	} else {
 		c->size = 65536;
 		c->stride = h >> 32 | 1;
-		c->limit = c->pool >= POOL_OWN ? 65536 : 65536 * FAIR_PERCENT / 100;
+	}
+	c->limit = 65536;
+	if (c->percent < 100 && c->pool < POOL_OWN) {
+		c->limit = (__u64)c->size * c->percent / 100;
+		if (c->pool == POOL_PORTS)
+			c->limit = set->port[(c->base + c->limit) & 0xffff];
 	}
 }
 
@@ -246,7 +250,7 @@ static __noinline enum outcome claim_port(struct __sk_buff *skb, struct scratch 
 		if (i > limit || claim_try(skb, i) || pool >= POOL_OWN)
 			break;
 	}
-	if (s->claim.outcome == OUT_DROP_NO_PORT && s->claim.heavy)
+	if (s->claim.outcome == OUT_DROP_NO_PORT && s->claim.percent == FAIR_PERCENT)
 		s->claim.outcome = OUT_DROP_QUOTA;
 	claim_count(&s->claim);
 	return s->claim.outcome;

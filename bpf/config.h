@@ -54,6 +54,10 @@ volatile const __u8 have_csum_ipv6 = 0;
 #define REFUSAL_NS 1000000000ULL
 /* Of a pool, the part that a pod beyond its fair share may take ports from. */
 #define FAIR_PERCENT 70
+/* The same for one that is alone and holds as many mappings as half the pool has ports. */
+#define ALONE_PERCENT 98
+/* Pools up to this size are not shared out: whoever wants a port gets one while there is any. */
+#define FAIR_POOL 256
 /* ICMP errors that tell a pod why it was refused: one in this time, and so many at once. */
 #define ANSWER_NS 100000000ULL
 #define ANSWER_BURST 10

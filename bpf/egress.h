@@ -211,7 +211,7 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 	bool host = bits & FLOW_HOST;
 	enum outcome out = OUT_CONTINUE;
 
-	s->claim.heavy = 0;
+	s->claim.percent = 100;
 	if (!host)
 		out = quota_admit(skb);
 	if (out)

@@ -315,13 +315,13 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } pods SEC(".maps");
 
-/* By enum family: how many mappings a pod may hold before it is refused the upper part of the
- * pool, and before it is refused any; 0: no bound now. */
+/* By enum family: addresses in pods, and how many mappings one may hold before it is refused any
+ * (0: no bound now). */
 struct share {
-	__u32 ports[2], flows[2];
+	__u32 pods[2], flows[2];
 };
 
-/* Written by the agent's walk; without the agent its last word holds. */
+/* Written by the agent's walk; without the agent its last word holds. A new pod counts at once. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -383,13 +383,13 @@ enum pool {
 struct claim {
 	__u32 start, stride, size;
 	__u32 base; /* of the pool's part, in settings.port */
-	__u32 limit; /* a heavy pod gets ports below it only */
+	__u32 limit; /* only ports below it */
 	__u32 tried; /* candidates */
 	__u32 outcome; /* enum outcome */
 	__u8 pool; /* enum pool */
 	__u8 bits; /* FLOW_* of the reverse entry */
 	__u8 reused; /* the reverse entry was ours already */
-	__u8 heavy; /* the pod holds more than its fair share */
+	__u8 percent; /* of the pool that is open to this pod; see quota.h */
 };
 
 /* What the stages hand to each other. In a map and not on the stack, because the verifier tracks

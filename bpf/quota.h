@@ -31,12 +31,14 @@ static __always_inline bool bucket_takes(__u64 *due, __u64 now, __u64 interval, 
 	return true;
 }
 
-static __always_inline struct pod *quota_pod(const struct addr *a)
+static __always_inline struct pod *quota_pod(const struct addr *a, __u32 *family_pods)
 {
 	struct pod new = {}, *pod = bpf_map_lookup_elem(&pods, a);
 
-	if (pod || (bpf_map_update_elem(&pods, a, &new, BPF_NOEXIST) == -E2BIG))
+	if (pod)
 		return pod;
+	if (!bpf_map_update_elem(&pods, a, &new, BPF_NOEXIST))
+		__sync_fetch_and_add(family_pods, 1);
 	return bpf_map_lookup_elem(&pods, a);
 }
 
@@ -81,17 +83,29 @@ static __always_inline bool quota_exceeded(const struct pod *pod, __u32 bound)
 	return bound && (__s32)pod->flows > 0 && pod->flows >= bound;
 }
 
-static __always_inline enum outcome quota_bounds(struct scratch *s, const struct setting *set,
-						 struct pod *pod, __u64 now)
+/* How much of the pool is open to this pod: not the upper part for one that holds more than its
+ * fair share. One that is alone leaves a little to whoever comes next. */
+static __always_inline __u8 quota_percent(const struct pod *pod, const struct setting *set,
+					  __u32 family_pods)
 {
-	__u32 zero = 0, family = s->packet.family & 1;
-	struct share *share = bpf_map_lookup_elem(&shares, &zero);
+	bool alone = family_pods < 2;
+
+	if (set->ports <= (alone ? MAX_COMPLETE : FAIR_POOL) ||
+	    !quota_exceeded(pod, set->ports / (alone ? 2 : family_pods) ?: 1))
+		return 100;
+	return alone ? ALONE_PERCENT : FAIR_PERCENT;
+}
+
+static __always_inline enum outcome quota_bounds(struct scratch *s, const struct setting *set,
+						 struct pod *pod, const struct share *share,
+						 __u64 now)
+{
+	__u32 family = s->packet.family & 1;
 	enum outcome out;
 
-	if (quota_exceeded(pod, set->max_flows) ||
-	    (share && quota_exceeded(pod, share->flows[family])))
+	if (quota_exceeded(pod, set->max_flows) || quota_exceeded(pod, share->flows[family]))
 		return OUT_DROP_QUOTA;
-	s->claim.heavy = share && quota_exceeded(pod, share->ports[family]);
+	s->claim.percent = quota_percent(pod, set, share->pods[family]);
 	out = quota_recall(&s->flow, set, now);
 	if (out)
 		return out;
@@ -108,17 +122,18 @@ __noinline int quota_admit(struct __sk_buff *skb)
 	__u32 zero = 0, generation = 0;
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
 	struct setting *set = policy_settings(&generation);
+	struct share *share = bpf_map_lookup_elem(&shares, &zero);
 	enum outcome out;
 	struct pod *pod;
 
-	if (!skb || !s || !set)
+	if (!skb || !s || !set || !share)
 		return OUT_DROP_NO_POLICY;
-	pod = quota_pod(&s->flow.local);
+	pod = quota_pod(&s->flow.local, &share->pods[s->packet.family & 1]);
 	if (!pod) {
 		stat_add(STAT_UNCOUNTED);
 		return quota_recall(&s->flow, set, bpf_ktime_get_ns());
 	}
-	out = quota_bounds(s, set, pod, bpf_ktime_get_ns());
+	out = quota_bounds(s, set, pod, share, bpf_ktime_get_ns());
 	__sync_fetch_and_add(out ? &pod->refused : &pod->flows, 1);
 	return out;
 }

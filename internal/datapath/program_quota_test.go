@@ -38,9 +38,9 @@ func (q quotaRig) pod(pod int) (v masqPod) {
 	return v
 }
 
-func (q quotaRig) share(ports, flows uint32) {
+func (q quotaRig) share(pods, flows uint32) {
 	q.t.Helper()
-	q.must(q.d.objs.Shares.Put(uint32(0), masqShare{Ports: [2]uint32{ports, ports}, Flows: [2]uint32{flows, flows}}))
+	q.must(q.d.objs.Shares.Put(uint32(0), masqShare{Pods: [2]uint32{pods, pods}, Flows: [2]uint32{flows, flows}}))
 }
 
 func eachQuota(t *testing.T, r *rig, run func(*testing.T, quotaRig)) {
@@ -115,29 +115,38 @@ func testQuotaRate(t *testing.T, r *rig) {
 }
 
 // While others want ports too, a pod beyond its share leaves them the upper part
-// of the pool, towards every remote; and the table.
+// of the pool, towards every remote; and the table. One that is alone leaves a bit.
 func testQuotaShare(t *testing.T, r *rig) {
 	eachQuota(t, r, func(t *testing.T, q quotaRig) {
 		in := q.familyInput()
-		in.Ports = ports(40000, 100)
+		in.Ports = ports(40000, 2500)
 		q.apply(in)
-		q.share(30, 0)
+		q.share(0, 0)
 		defer q.share(0, 0)
-		opened := 0
-		for port := range 100 {
-			p := q.flow(0, 2000+port)
-			if q.run(egress, "eth0", p.Link, p.Build()).outcome == policy.MasqNew {
-				opened++
+		opened := func(pod int) (n int) {
+			for port := range 2600 {
+				p := q.flow(pod, 2000+port)
+				if out := q.run(egress, "eth0", p.Link, p.Build()).outcome; out == policy.MasqNew {
+					n++
+				}
 			}
+			return n
 		}
-		// It had 30 before it was beyond its share, some of them in the upper part.
-		if opened < 70 || opened > 90 {
-			t.Errorf("a heavy pod has %d of 100 ports", opened)
+		if n := opened(0); n < 2450 || n > 2490 {
+			t.Errorf("a pod that is alone has %d of 2500 ports", n)
 		}
-		for port := range min(100-opened, 29) {
+		for port := range 10 {
 			q.open(1, 2000+port, policy.MasqNew)
 		}
-		q.share(30, 40)
+		q.clear()
+		q.share(1, 0) // the next one counts at once, and then there are two
+		if n := opened(0); n < 1750 || n > 2200 {
+			t.Errorf("a heavy pod has %d of 2500 ports", n)
+		}
+		for port := range 200 {
+			q.open(1, 2000+port, policy.MasqNew)
+		}
+		q.share(2, 40)
 		p := q.flow(0, 9000)
 		p.DstPort++
 		q.expect(egress, p, policy.DropQuota)

@@ -44,7 +44,7 @@ func (q *quota) add(e flowEntry) {
 }
 
 // settle corrects the counts and writes the shares.
-func (q *quota) settle(ctx context.Context, prog *ebpf.Program, pool int, usage [2]Usage) error {
+func (q *quota) settle(ctx context.Context, prog *ebpf.Program, usage [2]Usage) error {
 	now, err := monotonic()
 	if err != nil {
 		return err
@@ -86,7 +86,16 @@ func (q *quota) settle(ctx context.Context, prog *ebpf.Program, pool int, usage 
 			return fmt.Errorf("write pod: %w", err)
 		}
 	}
-	if err := q.shares.Put(uint32(0), q.share(pool, usage)); err != nil {
+	// Pods that came during the walk count from their first flow on, and still do.
+	share := masqShare{}
+	if err := eachEntry(q.pods, func(k masqAddr, _ masqPod) bool {
+		share.Pods[familyOf(addrFrom(k))]++
+		return true
+	}); err != nil {
+		return fmt.Errorf("read pods: %w", err)
+	}
+	share.Flows = q.share(share.Pods, usage)
+	if err := q.shares.Put(uint32(0), share); err != nil {
 		return fmt.Errorf("write shares: %w", err)
 	}
 	return nil
@@ -103,39 +112,30 @@ func common(a, b int) int {
 	return 0
 }
 
-// share says what a pod may hold. Who is alone in its family may take everything.
-//
-// Ports are scarce towards one remote, which nobody counts by pod: so a pod with
-// more mappings than its share of the pool is kept out of the upper part of the
-// pool towards every remote, and there are ports left for those with fewer.
+// share says how many mappings a pod may hold: 0, any number, for one that is alone
+// in its family.
 //
 // Of the table a pod may take its share. While there is room below the low-water
 // mark it may also take that, on top of the largest holding: the next walk is some
-// seconds away, and nobody may fill the table until then.
-func (q *quota) share(pool int, usage [2]Usage) (s masqShare) {
-	var active, largest [2]int
+// seconds away, and nobody may fill the table until then. Shares of ports are worked
+// out by the programs, from the number of pods.
+func (q *quota) share(pods [2]uint32, usage [2]Usage) (most [2]uint32) {
+	var largest [2]int
 	for a, n := range q.counted {
 		f := familyOf(a)
-		active[f]++
 		largest[f] = max(largest[f], n)
 	}
-	for a := range q.before {
-		if q.counted[a] == 0 {
-			active[familyOf(a)]++
-		}
-	}
-	for f, n := range active {
+	for f, n := range pods {
 		if n < 2 {
 			continue
 		}
-		s.Ports[f] = uint32(max(pool/n, 1))
-		flows := max(usage[f].Limit/n, 1)
+		flows := max(usage[f].Limit/int(n), 1)
 		if room := int(lowWater*float64(usage[f].Limit)) - usage[f].Flows; room > 0 {
 			flows = max(flows, largest[f]+room)
 		}
-		s.Flows[f] = uint32(flows)
+		most[f] = uint32(flows)
 	}
-	return s
+	return most
 }
 
 // familyOf is the enum family of bpf/packet.h.

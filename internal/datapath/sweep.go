@@ -167,7 +167,7 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 			return out, err
 		}
 	}
-	err = s.quota.settle(ctx, s.prog, facts.pool, out.Usage)
+	err = s.quota.settle(ctx, s.prog, out.Usage)
 	s.graves = ports.buried
 	out.Worst, out.Took = ports.worst(), time.Since(start)
 	return out, err

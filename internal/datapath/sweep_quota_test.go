@@ -49,7 +49,7 @@ func TestSweepQuota(t *testing.T) {
 		return s
 	}
 	// Below the low-water mark there is room for 1367 more than the larger one has.
-	if s, want := share(), (masqShare{Ports: [2]uint32{1500, 0}, Flows: [2]uint32{2367, 0}}); s != want {
+	if s, want := share(), (masqShare{Pods: [2]uint32{2, 1}, Flows: [2]uint32{2367, 0}}); s != want {
 		t.Errorf("shares %+v, want %+v", s, want)
 	}
 	for i, wrong := range []int32{-7, 5000} {

@@ -52,7 +52,7 @@ func TestNeighborOfAFlood(t *testing.T) {
 	}
 	flood(10)
 	before := median(200)
-	b.sweep() // two pods want ports from now on
+	// Two pods want ports from now on: that is known without a walk.
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
