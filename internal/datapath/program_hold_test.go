@@ -138,9 +138,8 @@ func testHoldNothing(t *testing.T, r *rig) {
 	eachFamily(t, r, func(r *rig, f family) {
 		p := f.udp().Reply()
 		p.Payload = make([]byte, 3000)
-		frames := p.Fragments(fragmentSize)
 		for _, dst := range []packet.Packet{p, p.To(f.foreign, 1), p.To(f.remote, 1)} {
-			frames = dst.Fragments(fragmentSize)
+			frames := dst.Fragments(fragmentSize)
 			r.pieces(ingress, p.Link, frames[1:], policy.PassNoMapping, policy.PassNoMapping)
 		}
 	})

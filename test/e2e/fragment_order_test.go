@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -44,6 +45,7 @@ func TestFragmentOrder(t *testing.T) {
 					}
 				}
 				c.interleaved(t, rng)
+				c.race(t, rng)
 			}
 		}
 		counts := n.counts()
@@ -91,6 +93,26 @@ func (c *correspondence) interleaved(t *testing.T, rng *rand.Rand) {
 			t.Errorf("%s, 30 datagrams at a time, number %d: %v", family(c.remote.Addr()), i, err)
 			return // the next ones have waited too long by now
 		}
+	}
+}
+
+// race sends the first fragment and the later ones at the same time on two CPUs.
+func (c *correspondence) race(t *testing.T, rng *rand.Rand) {
+	t.Helper()
+	const rounds = 500
+	lost := 0
+	for range rounds {
+		p := c.datagram(rng, 4000)
+		pieces := p.Fragments(1400)
+		later := make(chan error)
+		go func() { later <- errors.Join(c.raw.send(pieces[1]), c.raw.send(pieces[2])) }()
+		must(t, errors.Join(c.raw.send(pieces[0]), <-later))
+		if c.receive(p.Payload) != nil {
+			lost++
+		}
+	}
+	if lost > 0 {
+		t.Errorf("%s: first and later at once: lost %d of %d", family(c.remote.Addr()), lost, rounds)
 	}
 }
 
