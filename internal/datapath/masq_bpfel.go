@@ -307,7 +307,7 @@ type masqScratch struct {
 		Pool    uint8
 		Bits    uint8
 		Reused  uint8
-		Heavy   uint8
+		Percent uint8
 	}
 	Entry struct {
 		_    structs.HostLayout
@@ -347,7 +347,7 @@ type masqSetting struct {
 
 type masqShare struct {
 	_     structs.HostLayout
-	Ports [2]uint32
+	Pods  [2]uint32
 	Flows [2]uint32
 }
 
