@@ -56,6 +56,9 @@ func (d *Datapath) plan() error {
 		return d.resume(layout, next)
 	}
 	have, err := pinnedFlows(root)
+	if errors.Is(err, os.ErrNotExist) && layout == mapLayout {
+		return nil // the pin was lost: the table is made anew beside the others
+	}
 	if err != nil {
 		return err
 	}
