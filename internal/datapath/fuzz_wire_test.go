@@ -184,8 +184,6 @@ func (v wire) addrAt(side int) (from, to int) {
 	return v.l3 + 8 + 16*side, v.l3 + 24 + 16*side
 }
 
-func (v wire) addr(side int) netip.Addr { return [2]netip.Addr{v.src, v.dst}[side] }
-
 // portAt is the offset of the port or identifier of one side, -1 if there is none.
 func (v wire) portAt(side int) int {
 	query, answer := v.echo()

@@ -47,11 +47,10 @@ type layout1Rule struct {
 // layout1 is the data plane of the first release, made from its own object
 // (testdata/layout1.o.gz) as its agent did.
 type layout1Plane struct {
-	t     *testing.T
-	spec  *ebpf.CollectionSpec
-	coll  *ebpf.Collection
-	root  string
-	links []link.Link
+	t    *testing.T
+	spec *ebpf.CollectionSpec
+	coll *ebpf.Collection
+	root string
 }
 
 const (
@@ -118,9 +117,7 @@ func (p *layout1Plane) outcome(name string) uint8 {
 func (p *layout1Plane) apply(in policy.Input) {
 	p.t.Helper()
 	set := &layout1Setting{Enabled: [2]uint32{1, 1}, Ports: uint32(len(in.Ports)), Stride: strides(len(in.Ports))}
-	for i, d := range [7]uint32{240, 7440, 240, 120, 300, 60, 600} {
-		set.Timeout[i] = d
-	}
+	set.Timeout = [7]uint32{240, 7440, 240, 120, 300, 60, 600}
 	copy(set.Port[:], in.Ports)
 	for _, port := range in.Ports {
 		set.InPool[port/64] |= 1 << (port % 64)

@@ -51,7 +51,7 @@ func BenchmarkTraffic(b *testing.B) {
 }
 
 // meter starts to count; the function that it returns reports.
-func (d *bench) meter(b *testing.B, prog *ebpf.Program) func(name string) {
+func (*bench) meter(b *testing.B, prog *ebpf.Program) func(name string) {
 	read := func() *ebpf.ProgramStats {
 		s, err := prog.Stats()
 		if err != nil {
