@@ -446,8 +446,15 @@ func (w *world) ingress(frame []byte) bool {
 	if refused(frame) {
 		return false
 	}
-	res := w.run(ingress, w.dev, w.link, frame)
 	v, ok := viewFrame(w.link, frame)
+	if ok && v.first && v.end < len(frame) {
+		// Padding behind it is cut off if held fragments follow (hold.h): have none.
+		frame = frame[:v.end]
+		if v, ok = viewFrame(w.link, frame); refused(frame) {
+			return false
+		}
+	}
+	res := w.run(ingress, w.dev, w.link, frame)
 	if ok {
 		w.note(v)
 	}
