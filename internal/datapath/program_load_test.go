@@ -36,14 +36,15 @@ func TestProgramsLoad(t *testing.T) {
 	}
 	loads("all", have)
 	for f, k := range kernelFeatures {
-		if k.knob != "" && have.Has(Feature(f)) {
+		if (k.knob != "" || Feature(f) == Workqueues) && have.Has(Feature(f)) {
 			loads("without "+k.name, have.Without(Feature(f)))
 		}
 	}
 	loads("lowest", 0)
 }
 
-// loadAll loads every program, with maps that nobody else sees.
+// loadAll loads every program that there is for a set of features, with maps that
+// nobody else sees.
 func loadAll(t *testing.T, set Features) {
 	spec, err := loadMasq()
 	if err != nil {
@@ -54,6 +55,11 @@ func loadAll(t *testing.T, set Features) {
 	}
 	if err := set.set(spec); err != nil {
 		t.Fatal(err)
+	}
+	for name := range spec.Programs {
+		if strings.HasPrefix(name, "reclaim_") && name != set.reclaimer() {
+			delete(spec.Programs, name)
+		}
 	}
 	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
 		Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats}})

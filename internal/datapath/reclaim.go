@@ -37,16 +37,25 @@ func probeWorkqueues() (bool, error) {
 	return true, nil
 }
 
+// reclaimer names the program that arms expiry in the kernel, if there is one for
+// these features.
+func (s Features) reclaimer() string {
+	switch {
+	case !s.Has(Timers) || !s.Has(ForEach):
+		return ""
+	case s.Has(Workqueues):
+		return "reclaim_work"
+	}
+	return "reclaim_timer"
+}
+
 // armReclaim starts what expires flows while no agent runs, where the kernel has the
 // means, or gives it this version's program. It is tried until it succeeds: the
 // kernel may have no memory for a timer just now.
 func (d *Datapath) armReclaim() {
-	if d.armed || d.old != nil || !d.features.Has(Timers) || !d.features.Has(ForEach) {
+	name := d.features.reclaimer()
+	if d.armed || d.old != nil || name == "" {
 		return
-	}
-	name := "reclaim_timer"
-	if d.features.Has(Workqueues) {
-		name = "reclaim_work"
 	}
 	err := d.beat() // the first sweep is to come
 	if err == nil {
