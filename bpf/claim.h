@@ -46,31 +46,32 @@ static __always_inline bool claim_can_ask(__u8 proto)
 }
 
 /* Does a socket of the node hold the candidate: connected to this remote, bound or listening? */
-static __noinline bool claim_node_owns(struct __sk_buff *skb, const struct tuple *t)
+static __noinline bool claim_node_owns(struct __sk_buff *skb, struct scratch *s,
+				       const struct tuple *t)
 {
-	struct bpf_sock_tuple k = {};
+	struct bpf_sock_tuple *k = &s->socket;
 	struct bpf_sock *sk;
 	__u32 size;
 
 	if (!claim_can_ask(t->proto))
 		return false;
 	if (tuple_is_ipv4(t)) {
-		k.ipv4.saddr = t->remote.w[3];
-		k.ipv4.daddr = t->local.w[3];
-		k.ipv4.sport = t->rport;
-		k.ipv4.dport = t->lport;
-		size = sizeof(k.ipv4);
+		k->ipv4.saddr = t->remote.w[3];
+		k->ipv4.daddr = t->local.w[3];
+		k->ipv4.sport = t->rport;
+		k->ipv4.dport = t->lport;
+		size = sizeof(k->ipv4);
 	} else {
-		__builtin_memcpy(k.ipv6.saddr, &t->remote, 16);
-		__builtin_memcpy(k.ipv6.daddr, &t->local, 16);
-		k.ipv6.sport = t->rport;
-		k.ipv6.dport = t->lport;
-		size = sizeof(k.ipv6);
+		__builtin_memcpy(k->ipv6.saddr, &t->remote, 16);
+		__builtin_memcpy(k->ipv6.daddr, &t->local, 16);
+		k->ipv6.sport = t->rport;
+		k->ipv6.dport = t->lport;
+		size = sizeof(k->ipv6);
 	}
 	if (t->proto == IPPROTO_TCP)
-		sk = bpf_skc_lookup_tcp(skb, &k, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_skc_lookup_tcp(skb, k, size, BPF_F_CURRENT_NETNS, 0);
 	else
-		sk = bpf_sk_lookup_udp(skb, &k, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_sk_lookup_udp(skb, k, size, BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
 	bpf_sk_release(sk);
@@ -97,6 +98,9 @@ static __always_inline bool claim_candidate(const struct scratch *s, const struc
 		if (c->pool == POOL_PORTS)
 			slot = set->port[(c->base + slot) & 0xffff];
 		*port = bpf_htons(slot);
+		/* The pool may have changed since the search began. */
+		if (c->pool == POOL_PORTS && !port_in(set->in_pool, *port))
+			return false;
 	}
 	return bpf_ntohs(*port) < c->limit;
 }
@@ -139,14 +143,19 @@ static __always_inline bool claim_one(struct __sk_buff *skb, struct scratch *s,
 		s->claim.outcome = OUT_CONTINUE;
 		return true;
 	}
-	/* The own port of a node's flow is held by the very socket that sends. */
-	if (!(s->claim.bits & FLOW_HOST && i == 0) && claim_node_owns(skb, &s->reverse))
+	s->claim.asks = !(s->claim.bits & FLOW_HOST && i == 0);
+	if (s->claim.asks && claim_node_owns(skb, s, &s->reverse))
 		return false;
 	s->entry.flow = (struct flow){ .port = s->flow.lport, .bits = s->claim.bits };
 	s->entry.flow.seen = s->entry.flow.created = now_seconds();
 	err = flow_add(REVERSE, &s->reverse, &s->entry, &s->flow.local);
 	if (err == -EEXIST && !claim_revive(s))
 		return false;
+	/* A socket that was made meanwhile may have sent already; a later one's packet finds the entry. */
+	if (!err && s->claim.asks && claim_node_owns(skb, s, &s->reverse)) {
+		flow_delete(REVERSE, &s->reverse);
+		return false;
+	}
 	s->claim.reused = err == -EEXIST;
 	s->claim.outcome = OUT_CONTINUE;
 	if (err && err != -EEXIST)

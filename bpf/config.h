@@ -55,7 +55,9 @@ volatile const __u8 have_csum_ipv6 = 0;
 /* Of a pool, the part that a pod beyond its fair share may take ports from. */
 #define FAIR_PERCENT 70
 /* The same for one that is alone and holds as many mappings as half the pool has ports. */
-#define ALONE_PERCENT 98
+#define ALONE_PERCENT 96
+/* Mappings that nobody is called to account for, however many pods there are. */
+#define FAIR_LEAST 128
 /* Pools up to this size are not shared out: whoever wants a port gets one while there is any. */
 #define FAIR_POOL 256
 /* ICMP errors that tell a pod why it was refused: one in this time, and so many at once. */

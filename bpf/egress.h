@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* What leaves: known flows are translated, the node's own packets guarded, new flows mapped.
- * Fail closed: past line 9 every path ends in a translation or in a drop.
+ * Fail closed: past line 9 every path ends in a translation or in a drop, but for the named
+ * exceptions: what is no masquerade device, unknown-protocols=pass, and what was translated already.
  */
 #pragma once
 
@@ -35,7 +36,7 @@ static __always_inline enum outcome egress_translate(struct __sk_buff *skb, stru
 		return OUT_DROP_FRAGMENT;
 	egress_mark(skb);
 	if (s->packet.first_fragment)
-		fragment_note(&s->packet, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
+		fragment_note(s, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
 	return rewrite(skb, &s->packet, SOURCE, &s->to) ? OUT_DROP_REWRITE : out;
 }
 
@@ -72,6 +73,8 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 	if (r.outcome == OUT_PASS_HOST)
 		return endpoint_is(&s->to, &s->quote.dst, s->quote.dport) ? OUT_PASS_HOST
 									  : OUT_MASQ_ERROR;
+	if (pkt->first_fragment)
+		fragment_note(s, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->src, &s->to.addr)))
 		return OUT_DROP_REWRITE;
@@ -97,12 +100,14 @@ static __noinline bool egress_confirm(struct __sk_buff *skb, struct scratch *s, 
 	bits &= FLOW_HOST;
 	if (!bits && s->packet.kind == KIND_BARE &&
 	    claim_node_tunnels(&s->flow.remote, 0, s->flow.proto)) {
-		flow_delete(REVERSE, &s->reverse); /* a tunnel of the node that came later */
+		/* A tunnel of the node that came later. */
+		if (r && endpoint_is(&s->owner, &s->flow.local, s->flow.lport))
+			flow_delete(REVERSE, &s->reverse);
 		return false;
 	}
 	if (r)
 		return endpoint_is(&s->owner, &s->flow.local, s->flow.lport);
-	if (!bits && claim_node_owns(skb, &s->reverse))
+	if (!bits && claim_node_owns(skb, s, &s->reverse))
 		return false;
 	s->entry.flow =
 		(struct flow){ .seen = now, .created = now, .port = s->flow.lport, .bits = bits };
@@ -254,7 +259,7 @@ static __always_inline enum outcome egress_meets(struct __sk_buff *skb, struct s
  * pods share, the segment may be one of a pod's connection whose mapping was lost: a reset would
  * end what the pod's next packet heals (kubernetes issue 74839 is the same with conntrack). A reset
  * with ACK answers a SYN, or is a socket's own. */
-static __noinline bool egress_resets_stray(struct __sk_buff *skb, const struct scratch *s)
+static __noinline bool egress_resets_stray(struct __sk_buff *skb, struct scratch *s)
 {
 	const struct packet *pkt = &s->packet;
 	__u32 ifindex = skb->ifindex;
@@ -265,7 +270,23 @@ static __noinline bool egress_resets_stray(struct __sk_buff *skb, const struct s
 		return false;
 	dev = bpf_map_lookup_elem(&devices, &ifindex);
 	return dev && addr_equal(&dev->addr[pkt->family & 1], &pkt->src) &&
-	       !claim_node_owns(skb, &s->flow);
+	       !claim_node_owns(skb, s, &s->flow);
+}
+
+/* Does an error of the node's own stack quote a later fragment that we translated on its way in? It has
+ * no ports, so it cannot be told from what mapping it is, and it would show the pod's address to
+ * the remote. Only IPv6 sends such errors; the one about the first fragment says the same. */
+static __noinline bool egress_quotes_fragment(struct scratch *s, __u32 generation)
+{
+	const struct fragment *v;
+
+	if (s->packet.kind != KIND_ERROR || is_ipv4(&s->packet) || s->quote.kind != KIND_LATER ||
+	    policy_lookup(generation, TRIE_SOURCE, &s->quote.dst).outcome)
+		return false;
+	fragment_key(&s->datagram, &s->quote, INGRESS);
+	v = bpf_map_lookup_elem(&fragments, &s->datagram);
+	return !v ||
+	       v->outcome == OUT_MASQ_FRAGMENT; /* else the datagram came to the pod as it was */
 }
 
 /* A packet of the node. Whoever came first keeps a tuple: if a mapping has it, the node's flow
@@ -281,6 +302,8 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 	const struct packet *pkt = &s->packet;
 	struct flow *r;
 
+	if (pkt->unkeyed && egress_quotes_fragment(s, generation))
+		return OUT_DROP_FRAGMENT;
 	if (pkt->defect ||
 	    (pkt->kind != KIND_PORTS && pkt->kind != KIND_QUERY && pkt->kind != KIND_BARE))
 		return pass;
@@ -291,19 +314,24 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 		return egress_meets(skb, s, r, pass);
 	if (pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
 		return pass;
+	/* Towards an excluded destination no mapping can be in the way. */
+	if (inbound_exempt(generation, &pkt->dst))
+		return pass;
 	if (claim_can_ask(pkt->proto) && !skb->ingress_ifindex)
 		return egress_resets_stray(skb, s) ? OUT_DROP_STRAY : pass;
-	/* Towards an excluded destination no mapping can be in the way. */
-	return inbound_exempt(generation, &pkt->dst) ? pass : OUT_CONTINUE;
+	return OUT_CONTINUE;
 }
 
-/* An answer to a mapped flow that leaves by another masquerade device, towards its inner host:
- * not a new connection. */
+/* An answer to a mapped flow, or an error about it, that leaves by another masquerade device, towards
+ * the inner host: not a new connection. */
 static __always_inline bool egress_answers(struct scratch *s)
 {
-	if (s->packet.kind != KIND_PORTS && s->packet.kind != KIND_REPLY)
+	if (s->packet.kind == KIND_ERROR)
+		tuple_leaving(&s->reverse, &s->quote);
+	else if (s->packet.kind == KIND_PORTS || s->packet.kind == KIND_REPLY)
+		tuple_arriving(&s->reverse, &s->packet);
+	else
 		return false;
-	tuple_arriving(&s->reverse, &s->packet);
 	return flow_find(FORWARD, &s->reverse, &s->to);
 }
 
@@ -351,7 +379,8 @@ static __always_inline enum outcome egress_admit(struct __sk_buff *skb, struct s
 static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scratch *s)
 {
 	struct packet *pkt = &s->packet;
-	bool keyed = !pkt->defect && !pkt->unkeyed && pkt->kind != KIND_CONTROL;
+	bool keyed = !pkt->defect && !pkt->unkeyed && pkt->kind != KIND_CONTROL &&
+		     (pkt->kind != KIND_ERROR || quote_is_answered(s));
 	struct setting *set;
 	__u32 generation = 0;
 	__u8 bits = 0;
@@ -385,7 +414,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	if (out) {
 		/* What passes by more than its addresses says so for its later fragments. */
 		if (pkt->first_fragment && (out == OUT_PASS_INBOUND || out == OUT_PASS_PROTOCOL))
-			fragment_note(pkt, EGRESS, &pkt->src, out);
+			fragment_note(s, EGRESS, &pkt->src, out);
 		return out;
 	}
 	mapped = egress_map(skb, s, bits);

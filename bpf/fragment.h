@@ -22,15 +22,14 @@ static __always_inline void fragment_key(struct datagram *k, const struct packet
 	};
 }
 
-/* After the first fragment's verdict; src and dst of pkt are still those of the wire before us. */
-static __noinline void fragment_note(const struct packet *pkt, enum direction direction,
+/* After the first fragment's verdict; its src and dst are still those of the wire before us. */
+static __noinline void fragment_note(struct scratch *s, enum direction direction,
 				     const struct addr *addr, enum outcome out)
 {
 	struct fragment v = { .addr = *addr, .seen = now_seconds(), .outcome = out };
-	struct datagram k;
 
-	fragment_key(&k, pkt, direction);
-	bpf_map_update_elem(&fragments, &k, &v, BPF_ANY);
+	fragment_key(&s->datagram, &s->packet, direction);
+	bpf_map_update_elem(&fragments, &s->datagram, &v, BPF_ANY);
 }
 
 /* Does to a later fragment what was done to its first; OUT_CONTINUE if there is no note. */

@@ -100,6 +100,7 @@ static __always_inline __u32 hold_take(struct held *h, const struct datagram *d,
 	if (h->since && !hold_stale(h, now) && datagram_equal(&h->datagram, d)) {
 		bytes = h->bytes;
 		h->bytes = 0;
+		h->since = now; /* nobody may think it stale while we read */
 	}
 	bpf_spin_unlock(&h->lock);
 	return bytes;
@@ -254,8 +255,7 @@ static __always_inline enum outcome hold_first(struct __sk_buff *skb, struct scr
 {
 	bool translated = out >= FIRST_MASQ && out < FIRST_HOLD;
 
-	fragment_note(&s->packet, INGRESS, &s->to.addr, translated ? OUT_MASQ_FRAGMENT : out);
-	fragment_key(&s->datagram, &s->packet, INGRESS);
+	fragment_note(s, INGRESS, &s->to.addr, translated ? OUT_MASQ_FRAGMENT : out);
 	if (!hold_called(hold_home(&s->datagram), now_seconds()))
 		return out;
 	return hold_release(skb) ? OUT_DROP_REWRITE : out;

@@ -390,6 +390,8 @@ struct claim {
 	__u8 bits; /* FLOW_* of the reverse entry */
 	__u8 reused; /* the reverse entry was ours already */
 	__u8 percent; /* of the pool that is open to this pod; see quota.h */
+	__u8 asks; /* for sockets: the own port of a node's flow is held by the very one that sends */
+	__u8 pad[3];
 };
 
 /* What the stages hand to each other. In a map and not on the stack, because the verifier tracks
@@ -407,6 +409,7 @@ struct scratch {
 	struct endpoint to; /* the translation */
 	struct endpoint owner; /* what a reverse entry says */
 	struct claim claim;
+	struct bpf_sock_tuple socket; /* to ask for */
 	union flow_entry entry; /* what flow_add() inserts */
 	struct datagram datagram; /* of the fragment at hand, at ingress */
 	__u8 header[60]; /* a quoted IPv4 header */

@@ -36,7 +36,8 @@
 #include "reap.h"
 #include "reclaim.h"
 
-/* The only way out: counts the outcome and turns it into a verdict. A packet that goes on is
+/* The only way out: counts the outcome and turns it into a verdict (a refused packet may go back as
+ * an ICMP error after that; see refuse.h). A packet that goes on is
  * handed to the next program of the chain (TC_ACT_UNSPEC is TCX_NEXT), so we end nobody's. */
 static __always_inline int finish(const struct packet *pkt, enum direction direction,
 				  enum outcome out)

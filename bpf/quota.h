@@ -89,9 +89,10 @@ static __always_inline __u8 quota_percent(const struct pod *pod, const struct se
 					  __u32 family_pods)
 {
 	bool alone = family_pods < 2;
+	__u32 share = set->ports / (alone ? 2 : family_pods);
 
 	if (set->ports <= (alone ? MAX_COMPLETE : FAIR_POOL) ||
-	    !quota_exceeded(pod, set->ports / (alone ? 2 : family_pods) ?: 1))
+	    !quota_exceeded(pod, share > FAIR_LEAST ? share : FAIR_LEAST))
 		return 100;
 	return alone ? ALONE_PERCENT : FAIR_PERCENT;
 }

@@ -46,6 +46,12 @@ static __noinline bool quote_parse(struct __sk_buff *skb, const struct packet *p
 	       quote->kind == KIND_REPLY || quote->kind == KIND_BARE;
 }
 
+/* An error is for whoever sent the packet that it quotes: to others it belongs to no flow. */
+static __always_inline bool quote_is_answered(const struct scratch *s)
+{
+	return addr_equal(&s->packet.dst, &s->quote.src);
+}
+
 /* Changes a checksum inside the quote by diff; adds what that does to the outer checksum. */
 static __always_inline long quote_fix_checksum(struct __sk_buff *skb, __u32 offset, __u64 diff,
 					       bool mangle_zero, __u64 *total)

@@ -54,7 +54,7 @@ static __noinline bool sentinel_inbound(struct __sk_buff *skb, struct scratch *s
 		return false;
 	tuple_leaving(&s->flow, pkt);
 	if (pkt->kind == KIND_ERROR) {
-		if (!quote_parse(skb, pkt, &s->quote))
+		if (!quote_parse(skb, pkt, &s->quote) || !quote_is_answered(s))
 			return false;
 		tuple_arriving(&s->flow, &s->quote);
 	}
@@ -84,10 +84,7 @@ static __noinline bool sentinel_translated(struct scratch *s)
 	if (pkt->kind != KIND_ERROR && pkt->kind != KIND_CONTROL && !pkt->defect &&
 	    flow_find(REVERSE, &s->flow, &s->to))
 		return true;
-	if (pkt->kind != KIND_PORTS && pkt->kind != KIND_REPLY)
-		return false;
-	tuple_arriving(&s->reverse, pkt);
-	return flow_find(FORWARD, &s->reverse, &s->to);
+	return egress_answers(s);
 }
 
 /* May the packet leave as it is, by one generation of the policy? */

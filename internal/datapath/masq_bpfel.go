@@ -308,6 +308,19 @@ type masqScratch struct {
 		Bits    uint8
 		Reused  uint8
 		Percent uint8
+		Asks    uint8
+		Pad     [3]uint8
+	}
+	Socket struct {
+		_    structs.HostLayout
+		Ipv4 struct {
+			_     structs.HostLayout
+			Saddr uint32
+			Daddr uint32
+			Sport uint16
+			Dport uint16
+		}
+		_ [24]byte
 	}
 	Entry struct {
 		_    structs.HostLayout

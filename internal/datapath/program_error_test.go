@@ -252,23 +252,31 @@ func testErrorsOfOthers(t *testing.T, r *rig) {
 		open := p.Reply()
 		r.expect(ingress, open, policy.PassInbound)
 		r.expect(egress, f.unreachable(open, f.pod), policy.PassInbound)
+		r.expect(egress, f.unreachable(open, f.pod).To(f.router, 0), policy.DropStray) // to somebody else
 		other := open
 		other.SrcPort++
 		r.expect(egress, f.unreachable(other, f.pod), policy.DropStray)
 		// A later fragment in the quote names no flow, nor does one behind too many headers.
 		later := open
 		later.Link, later.Payload = packet.Raw, make([]byte, 64)
-		quotes := [][]byte{later.Fragments(32)[1]}
+		first, quotes := later.Fragments(32)[0], [][]byte{later.Fragments(32)[1]}
 		if f.name == "IPv6" {
 			later.Extensions = slices.Repeat([]packet.Extension{{Proto: packet.Destination}}, 7)
 			quotes = append(quotes, later.Build())
 		}
-		for _, quote := range quotes {
+		for i, quote := range quotes {
 			e := f.unreachable(open, f.pod)
 			e.Payload = quote
 			r.expect(egress, e, policy.DropStray)
-			r.expect(egress, e.From(f.node, 0), policy.PassHost)
 			r.expect(ingress, e.From(f.router, 0).To(f.node, 0), policy.PassNoMapping)
+			if f.name == "IPv6" && i == 0 {
+				// Nothing says that the datagram came untranslated: the quote may show a pod's address.
+				r.expect(egress, e.From(f.node, 0), policy.DropFragment)
+				if out := r.run(ingress, "eth0", packet.Raw, first).outcome; out != policy.PassInbound {
+					t.Errorf("first fragment: %s", out)
+				}
+			}
+			r.expect(egress, e.From(f.node, 0), policy.PassHost)
 		}
 	})
 }

@@ -137,7 +137,6 @@ func runPrograms(t *testing.T, r *rig) {
 		{"CountsSegments", testCountsSegments},
 		{"QuotaHardLimit", testQuotaHardLimit},
 		{"QuotaRate", testQuotaRate},
-		{"QuotaShare", testQuotaShare},
 		{"QuotaRefusalRemembered", testQuotaRefusalRemembered},
 		{"PortClass", testPortClass},
 		{"RefusalIsTold", testRefusalIsTold},

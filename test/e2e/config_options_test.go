@@ -154,7 +154,7 @@ func TestOptionErrors(t *testing.T) {
 		{[]string{pods, "--ipv4-native-routing-cidr=10.0.0.0"}, 1, []string{"ipv4-native-routing-cidr", `"10.0.0.0"`}},
 		{[]string{pods, "--snat-port-range=30000-40000"}, 1, []string{"snat-port-range", "30000-40000", "node-port-range", "30000-32767", "hint: 1024-29999,32768-65535"}},
 		{[]string{pods, "--snat-port-range=40000-30000"}, 1, []string{"snat-port-range", "40000-30000"}},
-		{[]string{pods, "--snat-port-range=40000-40010", "--reserved-ports=40000-40010"}, 1, []string{"no port is left"}},
+		{[]string{pods, "--snat-port-range=40000-40010", "--reserved-ports=40000-40010"}, 1, []string{"no port from 1024 on is left"}},
 		{[]string{pods, "--devices=eth0/x"}, 1, []string{"devices", "eth0/x"}},
 		{[]string{pods, "--devices=averyveryverylongname"}, 1, []string{"devices", "averyveryverylongname"}},
 		{[]string{pods, "--devices=eth0", "--egress-masquerade-interfaces=eth1"}, 1, []string{"devices", "egress-masquerade-interfaces"}},

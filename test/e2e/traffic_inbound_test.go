@@ -82,7 +82,7 @@ type inbound struct {
 	udp         *net.UDPConn
 }
 
-const inboundPort = 40001 // of the client
+const inboundPort = 20001 // of the client; no ephemeral one
 
 func openInbound(t *testing.T, n *node, client netip.Addr) *inbound {
 	t.Helper()
