@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
 
@@ -218,6 +219,23 @@ func testStackedDevices(t *testing.T, r *rig) {
 		if res.moved[policy.PassNative] != 2 {
 			t.Errorf("outcomes %v", res.moved)
 		}
+	})
+}
+
+// Answers to a mapped flow, and errors about it, that leave by a masquerade device on
+// their way to the inner host: a router masquerades what it forwards.
+func testAnswersToInside(t *testing.T, r *rig) {
+	in := r.familyInput()
+	for _, all := range []string{"0.0.0.0/0", "::/0"} {
+		in.Sources = append(in.Sources, policy.Rule{Prefix: netip.MustParsePrefix(all), Origin: "test"})
+	}
+	r.apply(in)
+	eachFamily(t, r, func(r *rig, f family) {
+		p := f.udp()
+		r.translate(p, policy.MasqNew, f.node)
+		r.expect(egress, p.Reply(), policy.PassTranslated)
+		r.expect(egress, f.unreachable(p, f.router), policy.PassTranslated)
+		r.expect(egress, f.unreachable(p, f.router).To(p.Dst, 0), policy.DropStray)
 	})
 }
 

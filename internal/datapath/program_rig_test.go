@@ -134,6 +134,7 @@ func runPrograms(t *testing.T, r *rig) {
 		{"PolicyVoidsAnswers", testPolicyVoidsAnswers},
 		{"Reopens", testReopens},
 		{"StackedDevices", testStackedDevices},
+		{"AnswersToInside", testAnswersToInside},
 		{"CountsSegments", testCountsSegments},
 		{"QuotaHardLimit", testQuotaHardLimit},
 		{"QuotaRate", testQuotaRate},
