@@ -94,10 +94,18 @@ static __always_inline bool inbound_exempt(__u32 generation, const struct addr *
 	return policy_lookup(generation, TRIE_DESTINATION, remote).outcome;
 }
 
+/* Did it until some minutes ago? */
+static __always_inline bool inbound_was_exempt(__u32 generation, const struct setting *set,
+					       const struct addr *remote, __u32 now)
+{
+	return (__s32)(set->removed_until - now) > 0 &&
+	       policy_lookup(generation, TRIE_REMOVED, remote).outcome;
+}
+
 /* May an arriving packet open a connection to a pod? A SYN and an ICMP query say so themselves.
  * Others (UDP) may as well be answers to a pod's own flow. While that leaves untranslated no
- * entry is needed, and when the reason is gone there must be none: the last answers come when
- * the policy has changed already, so the one before it is asked too. */
+ * entry is needed, and when the reason is gone there must be none: answers go on coming, and would
+ * make the flow, which is new by then, look opened from outside. */
 static __always_inline bool inbound_opens(const struct packet *pkt, const struct setting *set,
 					  __u32 generation, __u32 now)
 {
@@ -108,7 +116,7 @@ static __always_inline bool inbound_opens(const struct packet *pkt, const struct
 	if (pkt->proto == IPPROTO_TCP && !inbound_learns(pkt, now))
 		return false;
 	return set->enabled[pkt->family & 1] && !inbound_exempt(generation, &pkt->src) &&
-	       !inbound_exempt(generation - 1, &pkt->src);
+	       !inbound_was_exempt(generation, set, &pkt->src, now);
 }
 
 /* Notes an arriving packet that is no mapping's. */

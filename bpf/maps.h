@@ -178,7 +178,13 @@ struct policy_trie {
 	__uint(value_size, sizeof(struct rule));
 };
 
-enum trie { TRIE_SOURCE = 0, TRIE_DESTINATION = 1, TRIE_ROUTE = 2, TRIES = 3 };
+enum trie {
+	TRIE_SOURCE = 0,
+	TRIE_DESTINATION,
+	TRIE_ROUTE,
+	TRIE_REMOVED, /* destinations that lately were exclusions; asked of arriving packets only */
+	TRIES,
+};
 
 /* Two sets of the policy's tables, for even and odd generations. The agent fills the idle one and
  * then writes the next number to control.active: a packet reads it once, so it never sees a mixture. */
@@ -231,7 +237,7 @@ struct setting {
 	__u32 privileged; /* of them, the first ones: those below 1024 */
 	__u32 max_flows; /* of one pod; 0: any number */
 	__u32 flow_interval; /* ns between new flows of one pod, on average; 0: any rate */
-	__u32 pad;
+	__u32 removed_until; /* second until which TRIE_REMOVED is asked */
 	__u64 since; /* ns of the monotonic clock: what was refused earlier may be granted now */
 	__u32 routes; /* in the table of routes with a source; 0: it is not asked */
 	struct addr source[ROUTE_SOURCES]; /* of routes; the first is not used */

@@ -18,9 +18,10 @@ var ErrAttach = errors.New("device not attached")
 
 // applied is what the kernel holds of the last policy.
 type applied struct {
-	policy *policy.Policy
-	rows   [tries][]trieEntry // by trieSource, trieDestination, trieRoute
-	tries  [tries]*ebpf.Map
+	policy  *policy.Policy
+	removed []removal
+	rows    [tries][]trieEntry // by trieSource, trieDestination, trieRoute, trieRemoved
+	tries   [tries]*ebpf.Map
 }
 
 func (a *applied) close() {
@@ -33,6 +34,7 @@ const (
 	trieSource = iota
 	trieDestination
 	trieRoute
+	trieRemoved
 	tries
 )
 
@@ -46,8 +48,8 @@ type trieEntry struct {
 // both families share a trie.
 var ipv4Root = masqPrefix{Length: 96, Addr: addrTo(netip.IPv4Unspecified())}
 
-// renderTries turns the tables of a policy into rows.
-func renderTries(p *policy.Policy) [tries][]trieEntry {
+// renderTries turns the tables of a policy, and what it removed, into rows.
+func renderTries(p *policy.Policy, removed []removal) [tries][]trieEntry {
 	var rows [tries][]trieEntry
 	for _, s := range p.Sources() {
 		rows[trieSource] = append(rows[trieSource], trieEntry{prefixTo(s.Prefix), masqRule{Outcome: uint8(s.Outcome)}})
@@ -62,6 +64,9 @@ func renderTries(p *policy.Policy) [tries][]trieEntry {
 	}
 	for _, r := range p.RouteSources() {
 		rows[trieRoute] = append(rows[trieRoute], trieEntry{prefixTo(r.Prefix), masqRule{Source: index[r.Source]}})
+	}
+	for _, r := range removed {
+		rows[trieRemoved] = append(rows[trieRemoved], trieEntry{prefixTo(r.prefix), masqRule{Outcome: uint8(policy.PassNonMasq)}})
 	}
 	for i, rest := range [tries]policy.Outcome{trieSource: policy.PassSource} {
 		if !slices.ContainsFunc(rows[i], func(e trieEntry) bool { return e.key == ipv4Root }) {
@@ -138,7 +143,11 @@ func (d *Datapath) prepare(ctx context.Context, p *policy.Policy) (next *applied
 	if err != nil {
 		return nil, 0, err
 	}
-	next = &applied{policy: p, rows: renderTries(p)}
+	removed, err := d.removals(p, st.Active)
+	if err != nil {
+		return nil, 0, err
+	}
+	next = &applied{policy: p, removed: removed, rows: renderTries(p, removed)}
 	for i, rows := range next.rows {
 		if d.applied != nil && slices.Equal(rows, d.applied.rows[i]) {
 			next.tries[i] = d.applied.tries[i]
@@ -176,6 +185,7 @@ func (d *Datapath) flip(generation uint32, next *applied) error {
 	if err != nil {
 		return err
 	}
+	setting.RemovedUntil = lastUntil(next.removed)
 	if err := d.guardOldPools(setting); err != nil {
 		return err
 	}

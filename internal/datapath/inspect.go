@@ -109,11 +109,16 @@ func (i *Inspector) Tier() string {
 
 // destinations reads the table by destination of the policy in force.
 func (i *Inspector) destinations(keep func(masqRule) bool) ([]netip.Prefix, error) {
+	return i.prefixes(trieDestination, keep)
+}
+
+// prefixes reads a table of the policy in force.
+func (i *Inspector) prefixes(which int, keep func(masqRule) bool) ([]netip.Prefix, error) {
 	generation, ok, err := i.active()
 	if err != nil || !ok {
 		return nil, err
 	}
-	m, err := ebpf.LoadPinnedMap(filepath.Join(i.root, pinTrie(generation, trieDestination)), nil)
+	m, err := ebpf.LoadPinnedMap(filepath.Join(i.root, pinTrie(generation, which)), nil)
 	if err != nil {
 		return nil, fmt.Errorf("open policy table: %w", err)
 	}

@@ -346,7 +346,7 @@ type masqSetting struct {
 	Privileged       uint32
 	MaxFlows         uint32
 	FlowInterval     uint32
-	Pad              uint32
+	RemovedUntil     uint32
 	_                [4]byte
 	Since            uint64
 	Routes           uint32

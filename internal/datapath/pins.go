@@ -46,7 +46,7 @@ var fixedPins = []string{
 // newSuffix marks a pin that is about to take the place of another one.
 const newSuffix = "_new"
 
-var trieNames = [tries]string{trieSource: "source", trieDestination: "destination", trieRoute: "route"}
+var trieNames = [tries]string{trieSource: "source", trieDestination: "destination", trieRoute: "route", trieRemoved: "removed"}
 
 // pinTrie names the pin of one table of a generation, for readers: a map in a map
 // can't be opened through its outer map without CAP_SYS_ADMIN.
@@ -86,7 +86,7 @@ func ownPin(name string) bool {
 	if _, err := strconv.Atoi(number); !found || err != nil {
 		return false
 	}
-	return slices.Contains([]string{"source", "destination", "route", "egress", "ingress", "sentinel", "clsact"}, prefix)
+	return slices.Contains(trieNames[:], prefix) || slices.Contains([]string{"egress", "ingress", "sentinel", "clsact"}, prefix)
 }
 
 // pinNames lists what is below root, without what others put there.

@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"testing"
+	"time"
 
 	"bauta.dev/bauta/internal/lab/packet"
 	"bauta.dev/bauta/internal/policy"
@@ -101,8 +102,8 @@ func testInboundLearning(t *testing.T, r *rig) {
 }
 
 // Answers to a pod's own untranslated flow make no inbound entry, neither while its
-// exclusion stands nor when it has just gone: the flow would go on leaving with the
-// pod's address.
+// exclusion stands nor for some minutes after, whatever is applied meanwhile: the flow
+// would go on leaving with the pod's address.
 func testInboundNotByAnswers(t *testing.T, r *rig) {
 	in := r.familyInput()
 	r.apply(in)
@@ -113,12 +114,47 @@ func testInboundNotByAnswers(t *testing.T, r *rig) {
 		r.expect(ingress, p.Reply(), policy.PassNoMapping)
 		without := in
 		without.Native = nil
-		r.reapply(without)
-		r.expect(ingress, p.Reply(), policy.PassNoMapping)
+		for range 3 {
+			r.reapply(without)
+			r.expect(ingress, p.Reply(), policy.PassNoMapping)
+		}
 		r.translate(p, policy.MasqNew, f.node)
 		r.clear()
+		r.expect(ingress, f.udp().Reply(), policy.PassInbound) // never was excluded
+
+		// Excluded again, and removed again.
+		r.reapply(in)
+		r.expect(ingress, p.Reply(), policy.PassNoMapping)
+		if n := len(r.d.applied.removed); n != 0 {
+			t.Errorf("%d removals of what is excluded", n)
+		}
+		timeouts := r.reapply(without).Input().Timeouts
+		r.expect(ingress, p.Reply(), policy.PassNoMapping)
+
+		// After the timer it was opened from outside: no Apply is needed.
+		var set masqSetting
+		var st masqState
+		r.must(r.d.objs.Control.Lookup(uint32(0), &st))
+		r.must(r.d.objs.Settings.Lookup(tableSet(st.Active), &set))
+		now, err := monotonicSeconds()
+		r.must(err)
+		if left, timer := set.RemovedUntil-now, uint32(timeouts.UDPStream/time.Second); left > timer || left < timer-60 {
+			t.Errorf("asked for %d s, the timer is %d s", left, timer)
+		}
+		set.RemovedUntil = now
+		r.must(r.d.objs.Settings.Put(tableSet(st.Active), set))
+		r.expect(ingress, p.Reply(), policy.PassInbound)
+		r.clear()
+
+		// The next one forgets it.
+		for i := range r.d.applied.removed {
+			r.d.applied.removed[i].until = now
+		}
 		r.reapply(without)
-		r.expect(ingress, p.Reply(), policy.PassInbound) // by now it was opened from outside
+		if n := len(r.d.applied.removed); n != 0 {
+			t.Errorf("%d removals after their timer", n)
+		}
+		r.expect(ingress, p.Reply(), policy.PassInbound)
 	})
 }
 

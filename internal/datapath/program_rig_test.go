@@ -196,11 +196,12 @@ func (r *rig) must(err error) {
 	}
 }
 
-// apply puts a policy in force and forgets all flows, and the policy before it:
-// what that passed matters to answers that are under way.
+// apply puts a policy in force and forgets all flows, and what was excluded before:
+// that matters to answers that are under way.
 func (r *rig) apply(in policy.Input) *policy.Policy {
 	r.t.Helper()
 	r.reapply(in)
+	r.d.applied.removed = nil
 	p := r.reapply(in)
 	r.clear()
 	return p
