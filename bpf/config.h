@@ -73,6 +73,9 @@ volatile const __u8 have_csum_ipv6 = 0;
  * walks, each of one table. */
 volatile const __u32 reclaim_after = 60;
 volatile const __u64 reclaim_period = 15000000000ULL;
+/* Reverse entries of a family, dead ones with them, above which dead ones are not kept; set by the
+ * loader from the size of the tables. */
+volatile const __u32 reclaim_room = DEFAULT_FLOWS;
 /* Candidates that a walk looks at, 0.5 us each: packets wait for a timer, threads for a work. */
 #define RECLAIM_BATCH_TIMER 16384
 #define RECLAIM_BATCH_WORK 65536

@@ -150,21 +150,18 @@ static __noinline long flow_add(enum table table, const struct tuple *t, union f
 				: bpf_map_update_elem(&reverse6, t, &entry->v6, BPF_NOEXIST);
 }
 
-static __always_inline void flow_delete(enum table table, const struct tuple *t)
+/* Deletes the entry of t, whatever its tag says: 0, or -ENOENT (another was faster), another errno. */
+static __always_inline long flow_delete(enum table table, const struct tuple *t)
 {
 	if (tuple_is_ipv4(t)) {
 		struct tuple4 k;
 
 		tuple_shorten(t, &k);
-		if (table == FORWARD)
-			bpf_map_delete_elem(&forward4, &k);
-		else
-			bpf_map_delete_elem(&reverse4, &k);
-	} else if (table == FORWARD) {
-		bpf_map_delete_elem(&forward6, t);
-	} else {
-		bpf_map_delete_elem(&reverse6, t);
+		return table == FORWARD ? bpf_map_delete_elem(&forward4, &k)
+					: bpf_map_delete_elem(&reverse4, &k);
 	}
+	return table == FORWARD ? bpf_map_delete_elem(&forward6, t)
+				: bpf_map_delete_elem(&reverse6, t);
 }
 
 /* The TCP flags of a packet as FLOW_* bits, over what was seen before. A RST that the

@@ -85,7 +85,8 @@ static __always_inline int reap_forward(const struct reap_record *rec, const str
 		flow_bury(r, &rev, now);
 	else if (r)
 		flow_delete(REVERSE, &rev);
-	flow_delete(FORWARD, t);
+	if (flow_delete(FORWARD, t))
+		return 0; /* another walk was faster, and has counted it */
 	if (!(bits & FLOW_HOST))
 		quota_return(&t->local);
 	return 1;
@@ -98,8 +99,7 @@ static __always_inline int reap_dead(const struct reap_record *rec, struct flow 
 		r->bits |= FLOW_DEAD; /* a last packet may have cleared it */
 		return 0;
 	}
-	flow_delete(REVERSE, &rec->key);
-	return 1;
+	return flow_delete(REVERSE, &rec->key) == 0;
 }
 
 /* Reverse entries end with their forward half; alone they are a crash's, or an eviction's. */
@@ -124,8 +124,7 @@ static __always_inline int reap_reverse(const struct reap_record *rec, __u32 now
 		    endpoint_is(&external, &t->local, t->lport))
 			return 0;
 	}
-	flow_delete(REVERSE, t);
-	return 1;
+	return flow_delete(REVERSE, t) == 0;
 }
 
 static __always_inline int reap_inbound(const struct reap_record *rec, const struct setting *set,

@@ -27,7 +27,7 @@ struct reclaim_state {
 	struct bpf_timer timer;
 	struct bpf_wq work;
 	__u32 by; /* enum reclaim_by; 0: not started */
-	__u32 turn; /* of the tables */
+	__u32 turn; /* enum reclaim_turn */
 	__u32 skip; /* candidates that earlier walks of this table have looked at */
 	__u32 runs;
 	__u64 removed;
@@ -42,13 +42,26 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } reclaim SEC(".maps");
 
+/* The tables in turn. */
+enum reclaim_turn {
+	RECLAIM_FORWARD4 = 0,
+	RECLAIM_FORWARD6,
+	RECLAIM_INBOUND4,
+	RECLAIM_INBOUND6,
+	RECLAIM_REVERSE4,
+	RECLAIM_REVERSE6,
+	RECLAIM_TURNS,
+};
+
 /* One walk. A table is always walked from its beginning; candidates are those that were silent for
- * longer than the shortest timer, and only a number of them is looked at. */
+ * longer than the shortest timer, or than a dead entry is kept, and only a number of them is
+ * looked at. */
 struct reclaim_run {
 	__u32 now;
-	__u32 shortest;
+	__u32 silent;
 	__u32 skip, limit; /* of the candidates */
 	__u32 met, removed;
+	__u32 passed; /* reverse entries */
 };
 
 static __noinline int reclaim_decide(const struct reap_record *rec, __u32 now)
@@ -58,17 +71,26 @@ static __noinline int reclaim_decide(const struct reap_record *rec, __u32 now)
 
 	if (!set)
 		return 0;
-	return rec->table == REAP_INBOUND ? reap_inbound(rec, set, now)
-					  : reap_forward(rec, set, now);
+	switch (rec->table) {
+	case REAP_FORWARD:
+		return reap_forward(rec, set, now);
+	case REAP_INBOUND:
+		return reap_inbound(rec, set, now);
+	}
+	return reap_reverse(rec, now);
+}
+
+static __always_inline bool reclaim_is_silent(const struct reclaim_run *run, __u32 seen)
+{
+	return (__s32)(run->now - seen) > (__s32)run->silent;
 }
 
 static __always_inline long reclaim_visit(struct reclaim_run *run, struct reap_record *rec,
 					  const struct tuple4 *k4, const struct tuple *k,
-					  __u32 seen)
+					  bool candidate)
 {
-	if ((__s32)(run->now - seen) <= (__s32)run->shortest || run->met++ < run->skip)
+	if (!candidate || run->met++ < run->skip)
 		return 0;
-	rec->percent = 100;
 	if (k4) {
 		addr_from_ipv4(&rec->key.local, k4->local);
 		addr_from_ipv4(&rec->key.remote, k4->remote);
@@ -85,33 +107,61 @@ static __always_inline long reclaim_visit(struct reclaim_run *run, struct reap_r
 static long reclaim_forward4(UNUSED void *map, struct tuple4 *k, struct flow4 *v,
 			     struct reclaim_run *run)
 {
-	struct reap_record rec = { .table = REAP_FORWARD };
+	struct reap_record rec = { .table = REAP_FORWARD, .percent = 100 };
 
-	return reclaim_visit(run, &rec, k, NULL, v->flow.seen);
+	return reclaim_visit(run, &rec, k, NULL, reclaim_is_silent(run, v->flow.seen));
 }
 
 static long reclaim_forward6(UNUSED void *map, struct tuple *k, struct flow6 *v,
 			     struct reclaim_run *run)
 {
-	struct reap_record rec = { .table = REAP_FORWARD };
+	struct reap_record rec = { .table = REAP_FORWARD, .percent = 100 };
 
-	return reclaim_visit(run, &rec, NULL, k, v->flow.seen);
+	return reclaim_visit(run, &rec, NULL, k, reclaim_is_silent(run, v->flow.seen));
 }
 
 static long reclaim_inbound4(UNUSED void *map, struct tuple4 *k, struct inbound *v,
 			     struct reclaim_run *run)
 {
-	struct reap_record rec = { .table = REAP_INBOUND };
+	struct reap_record rec = { .table = REAP_INBOUND, .percent = 100 };
 
-	return reclaim_visit(run, &rec, k, NULL, v->seen);
+	return reclaim_visit(run, &rec, k, NULL, reclaim_is_silent(run, v->seen));
 }
 
 static long reclaim_inbound6(UNUSED void *map, struct tuple *k, struct inbound *v,
 			     struct reclaim_run *run)
 {
-	struct reap_record rec = { .table = REAP_INBOUND };
+	struct reap_record rec = { .table = REAP_INBOUND, .percent = 100 };
 
-	return reclaim_visit(run, &rec, NULL, k, v->seen);
+	return reclaim_visit(run, &rec, NULL, k, reclaim_is_silent(run, v->seen));
+}
+
+/* Dead entries go after their time; where the table is nearly full, those beyond the mark at once.
+ * So do halves that have lost the other. */
+static __always_inline bool reclaim_reverse(struct reclaim_run *run, struct reap_record *rec,
+					    const struct flow *f)
+{
+	rec->table = REAP_REVERSE;
+	rec->percent = run->passed++ < reclaim_room ? 100 : 0;
+	return reclaim_is_silent(run, f->seen) || (f->bits & FLOW_DEAD && !rec->percent);
+}
+
+static long reclaim_reverse4(UNUSED void *map, struct tuple4 *k, struct flow4 *v,
+			     struct reclaim_run *run)
+{
+	struct reap_record rec = {};
+	bool candidate = reclaim_reverse(run, &rec, &v->flow);
+
+	return reclaim_visit(run, &rec, k, NULL, candidate);
+}
+
+static long reclaim_reverse6(UNUSED void *map, struct tuple *k, struct flow6 *v,
+			     struct reclaim_run *run)
+{
+	struct reap_record rec = {};
+	bool candidate = reclaim_reverse(run, &rec, &v->flow);
+
+	return reclaim_visit(run, &rec, NULL, k, candidate);
 }
 
 static __always_inline __u32 reclaim_shortest(const struct setting *set)
@@ -148,27 +198,33 @@ static __noinline int reclaim_walk(struct reclaim_state *r, __u32 limit)
 	set = policy_settings(&generation);
 	if (!set)
 		return 0;
-	run.shortest = reclaim_shortest(set);
+	run.silent = r->turn < RECLAIM_REVERSE4 ? reclaim_shortest(set) : QUARANTINE_SECONDS;
 	run.limit = limit;
 	run.skip = r->skip;
 	switch (r->turn) {
-	case 0:
+	case RECLAIM_FORWARD4:
 		bpf_for_each_map_elem(&forward4, reclaim_forward4, &run, 0);
 		break;
-	case 1:
+	case RECLAIM_FORWARD6:
 		bpf_for_each_map_elem(&forward6, reclaim_forward6, &run, 0);
 		break;
-	case 2:
+	case RECLAIM_INBOUND4:
 		bpf_for_each_map_elem(&inbound4, reclaim_inbound4, &run, 0);
 		break;
-	default:
+	case RECLAIM_INBOUND6:
 		bpf_for_each_map_elem(&inbound6, reclaim_inbound6, &run, 0);
+		break;
+	case RECLAIM_REVERSE4:
+		bpf_for_each_map_elem(&reverse4, reclaim_reverse4, &run, 0);
+		break;
+	default:
+		bpf_for_each_map_elem(&reverse6, reclaim_reverse6, &run, 0);
 	}
 	if (run.met >= run.skip && run.met - run.skip >= limit) {
 		r->skip = run.met - run.removed; /* the rest comes with the next walk */
 	} else {
 		r->skip = 0;
-		r->turn = (r->turn + 1) & 3;
+		r->turn = (r->turn + 1) % RECLAIM_TURNS;
 	}
 	r->removed += run.removed;
 	r->took = bpf_ktime_get_ns() - start;

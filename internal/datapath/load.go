@@ -123,6 +123,10 @@ func (d *Datapath) open() error {
 	if err != nil {
 		return err
 	}
+	// From here on an agent is there: what the kernel does without one ends before the first walk.
+	if err := d.beat(); err != nil {
+		return err
+	}
 	d.sweeper = newSweeper(&d.objs)
 	if !d.opt.Sentinel {
 		if err := d.clearLeaks(); err != nil {

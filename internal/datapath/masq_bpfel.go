@@ -453,6 +453,7 @@ const (
 	masqVarHaveCsumIpv6   = "have_csum_ipv6"
 	masqVarReclaimAfter   = "reclaim_after"
 	masqVarReclaimPeriod  = "reclaim_period"
+	masqVarReclaimRoom    = "reclaim_room"
 )
 
 // loadMasq returns the embedded CollectionSpec for masq.
@@ -545,6 +546,7 @@ type masqVariableSpecs struct {
 	HaveCsumIpv6  *ebpf.VariableSpec `ebpf:"have_csum_ipv6"`
 	ReclaimAfter  *ebpf.VariableSpec `ebpf:"reclaim_after"`
 	ReclaimPeriod *ebpf.VariableSpec `ebpf:"reclaim_period"`
+	ReclaimRoom   *ebpf.VariableSpec `ebpf:"reclaim_room"`
 }
 
 // masqObjects contains all objects after they have been loaded into the kernel.
@@ -629,6 +631,7 @@ type masqVariables struct {
 	HaveCsumIpv6  *ebpf.Variable `ebpf:"have_csum_ipv6"`
 	ReclaimAfter  *ebpf.Variable `ebpf:"reclaim_after"`
 	ReclaimPeriod *ebpf.Variable `ebpf:"reclaim_period"`
+	ReclaimRoom   *ebpf.Variable `ebpf:"reclaim_room"`
 }
 
 // masqPrograms contains all programs after they have been loaded into the kernel.

@@ -57,11 +57,7 @@ func (d *Datapath) armReclaim() {
 	if d.armed || d.old != nil || name == "" {
 		return
 	}
-	err := d.beat() // the first sweep is to come
-	if err == nil {
-		err = d.runReclaim(name)
-	}
-	if err != nil {
+	if err := d.runReclaim(name); err != nil {
 		if !d.armWarned {
 			d.opt.Log.Warn("no expiry in the kernel while the agent is down, retrying", "error", err)
 			d.armWarned = true
@@ -77,6 +73,10 @@ func (d *Datapath) armReclaim() {
 func (d *Datapath) runReclaim(name string) error {
 	spec, err := d.specForMaps()
 	if err != nil {
+		return err
+	}
+	room := lowWater * float64(d.objs.Reverse4.MaxEntries())
+	if err := spec.Variables["reclaim_room"].Set(uint32(room)); err != nil {
 		return err
 	}
 	if t := d.opt.reclaim; t != nil {

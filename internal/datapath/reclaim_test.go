@@ -2,12 +2,16 @@ package datapath
 
 import (
 	"fmt"
+	"net/netip"
+	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/internal/lab/packet"
+	"bauta.dev/bauta/internal/policy"
 )
 
 // Without an agent the kernel expires flows by the same rules: what is past its timer
@@ -39,6 +43,7 @@ func reclaimStory(t *testing.T, without []Feature, by uint32) {
 		b.open1(t, flow, 100)
 		from := flow(6000)
 		b.talk(from, true, []step{{back: true, flags: syn}})
+		b.orphan(flow(7000))
 	}
 	b.sweep()
 	b.age(1000) // longer than all timers but that of established TCP
@@ -53,7 +58,7 @@ func reclaimStory(t *testing.T, without []Feature, by uint32) {
 		t.Helper()
 		first := state().Runs
 		labtest.Eventually(t, 10*time.Second, func() error {
-			if n := state().Runs - first; n < 8 {
+			if n := state().Runs - first; n < 12 { // each table twice
 				return fmt.Errorf("fired %d times", n)
 			}
 			return nil
@@ -66,18 +71,31 @@ func reclaimStory(t *testing.T, without []Feature, by uint32) {
 	if err := b.changeState(func(st *masqState) { st.Heartbeat -= 61 }); err != nil {
 		t.Fatal(err)
 	}
-	const expired = 2 * (100 + 1)
-	labtest.Eventually(t, 10*time.Second, func() error {
+	expired := uint64(2 * (100 + 1 + 1)) // flows, an inbound connection, an orphan
+	removed := func() error {
 		if n := state().Removed; n < expired {
 			return fmt.Errorf("%d removed", n)
 		}
 		return nil
-	})
+	}
+	labtest.Eventually(t, 10*time.Second, removed)
 	fires()
 	b.checkStates(2, "established")
 	if r := state(); r.Removed != expired {
 		t.Errorf("%d removed, want %d", r.Removed, expired)
 	}
+	b.checkBijection(ports(40000, 1000))
+	// What keeps the ports for their last owners goes when that time is over.
+	if n := b.dead(); n != 2*100 {
+		t.Errorf("%d dead entries, want 200", n)
+	}
+	b.age(121)
+	expired += 2 * 100
+	labtest.Eventually(t, 10*time.Second, removed)
+	if n := b.dead(); n != 0 {
+		t.Errorf("%d dead entries left", n)
+	}
+	b.checkStates(2, "established")
 	b.checkBijection(ports(40000, 1000))
 	// Without any process at all, and for the next one.
 	b.close()
@@ -86,6 +104,123 @@ func reclaimStory(t *testing.T, without []Feature, by uint32) {
 	fires()
 	if r := state(); r.By != by {
 		t.Errorf("after a restart: %+v", r)
+	}
+}
+
+// orphan opens a flow and takes its forward half away.
+func (b *bench) orphan(p packet.Packet) {
+	b.t.Helper()
+	b.open1(b.t, func(int) packet.Packet { return p }, 1)
+	forward, _ := b.entries()
+	for _, e := range forward {
+		if e.key.local != netip.AddrPortFrom(p.Src, p.SrcPort) {
+			continue
+		}
+		k := e.key.tuple()
+		err := b.objs.Forward6.Delete(k)
+		if p.Src.Is4() {
+			err = b.objs.Forward4.Delete(masqTuple4{Local: k.Local.W[3], Remote: k.Remote.W[3], Lport: k.Lport, Rport: k.Rport, Proto: k.Proto})
+		}
+		if err != nil {
+			b.t.Fatal(err)
+		}
+	}
+}
+
+// Where room is scarce the kernel keeps no port for its last owner either: a table
+// that was full of flows is open to new ones when they have ended.
+func TestReclaimMakesRoom(t *testing.T) {
+	t.Parallel()
+	labtest.Kernel(t, labtest.BPFTimer)
+	const size, room = 1024, 716 // 70 %
+	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: size, Without: []Feature{Workqueues},
+		reclaim: &reclaimTiming{after: 60, period: time.Millisecond}})
+	b.apply(loopPolicy(ports(40000, 4*size)))
+	for _, flow := range []func(int) packet.Packet{tcpFlow, tcpFlow6} {
+		b.open1(t, flow, size)
+	}
+	b.age(1000)
+	if err := b.changeState(func(st *masqState) { st.Heartbeat -= 61 }); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, 20*time.Second, func() error {
+		if n := b.dead(); n != 2*room {
+			return fmt.Errorf("%d dead entries", n)
+		}
+		return nil
+	})
+	b.open1(t, func(i int) packet.Packet { return tcpFlow(2*size + i) }, size-room)
+	if n := b.count(policy.DropTableFull); n != 0 {
+		t.Errorf("%d new flows found the table full", n)
+	}
+}
+
+// Who opens the data plane says so before anything else: the timer of an earlier
+// agent, which may have had more of the kernel, does not expire what this one walks.
+func TestReclaimEndsAtOpen(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, labtest.NewNS(t), Options{Without: []Feature{Timers}})
+	b.apply(loopPolicy(ports(40000, 10)))
+	if err := b.changeState(func(st *masqState) { st.Heartbeat -= 1000 }); err != nil {
+		t.Fatal(err)
+	}
+	before, err := monotonicSeconds()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.close()
+	b.open()
+	st, err := b.state()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if int32(st.Heartbeat-before) < 0 {
+		t.Errorf("the last heartbeat is %d s old", before-st.Heartbeat)
+	}
+}
+
+// Two that expire the same flows at the same time, an agent and the kernel, end each
+// of them once, and count that once.
+func TestReapersMeet(t *testing.T) {
+	t.Parallel()
+	const flows = 32000 // a multiple of reapBatch
+	b := newBench(t, labtest.NewNS(t), Options{DefaultFlows: 32768})
+	b.apply(loopPolicy(ports(32768, 32768)))
+	b.open1(t, tcpFlow, flows)
+	b.age(1000)
+	forward, _ := b.entries()
+	const threads = 2
+	var removed [threads]int
+	var arrived atomic.Int32
+	parallel(t, b, threads, func(thread int) error {
+		defer arrived.Add(flows) // nobody waits for one that failed
+		r := reaper{prog: b.objs.Reap}
+		for i, e := range forward {
+			if i%reapBatch == reapBatch-1 { // the next record fills a run of the program: begin it together
+				for arrived.Add(1); int(arrived.Load()) < threads*(i/reapBatch+1); {
+					runtime.Gosched()
+				}
+			}
+			if err := r.add(t.Context(), masqReapRecord{Key: e.key.tuple(), Table: reapForward, Percent: 100}); err != nil {
+				return err
+			}
+		}
+		removed[thread] = r.removed
+		return nil
+	})
+	t.Logf("removed %v", removed)
+	if n := removed[0] + removed[1]; n != flows {
+		t.Errorf("%d flows ended, there were %d", n, flows)
+	}
+	for i := 0; i < flows; i += 1000 {
+		var pod masqPod
+		a := tcpFlow(i).Src
+		if err := b.objs.Pods.Lookup(addrTo(a), &pod); err != nil {
+			t.Fatal(err)
+		}
+		if pod.Flows != 0 {
+			t.Errorf("%s: %d flows counted, there are none", a, int32(pod.Flows))
+		}
 	}
 }
 

@@ -64,11 +64,13 @@ func (g graveyard) must(err error) {
 }
 
 // dead counts the ports that wait for their last owner.
-func (g graveyard) dead() (n int) {
-	g.t.Helper()
-	for _, table := range g.sweeper.tables {
+func (b *bench) dead() (n int) {
+	b.t.Helper()
+	for _, table := range b.sweeper.tables {
 		for e, err := range table.all(table.reverse) {
-			g.must(err)
+			if err != nil {
+				b.t.Fatal(err)
+			}
 			if e.dead() {
 				n++
 			}
