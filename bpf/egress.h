@@ -135,8 +135,7 @@ static __always_inline enum outcome egress_known(struct __sk_buff *skb, struct s
 	if (f->seen != now && !egress_confirm(skb, s, f->bits, now)) {
 		bool host = f->bits & FLOW_HOST;
 
-		flow_delete(FORWARD, &s->flow);
-		if (!host)
+		if (!flow_delete(FORWARD, &s->flow) && !host)
 			quota_return(&s->flow.local);
 		return OUT_CONTINUE;
 	}
@@ -249,7 +248,8 @@ static __always_inline enum outcome egress_meets(struct __sk_buff *skb, struct s
 		s->reverse = s->flow;
 		s->reverse.local = s->owner.addr;
 		s->reverse.lport = s->owner.port;
-		flow_delete(FORWARD, &s->reverse);
+		if (!flow_delete(FORWARD, &s->reverse))
+			quota_return(&s->reverse.local);
 		flow_delete(REVERSE, &s->flow);
 	}
 	return OUT_CONTINUE;
