@@ -20,16 +20,14 @@ static __always_inline struct inbound *inbound_find(const struct tuple *t)
 	return bpf_map_lookup_elem(&inbound4, &k);
 }
 
-static __noinline void inbound_delete(const struct tuple *t)
+static __noinline long inbound_delete(const struct tuple *t)
 {
 	struct tuple4 k;
 
-	if (!tuple_is_ipv4(t)) {
-		bpf_map_delete_elem(&inbound6, t);
-		return;
-	}
+	if (!tuple_is_ipv4(t))
+		return bpf_map_delete_elem(&inbound6, t);
 	tuple_shorten(t, &k);
-	bpf_map_delete_elem(&inbound4, &k);
+	return bpf_map_delete_elem(&inbound4, &k);
 }
 
 static __always_inline __u32 inbound_timer(const struct tuple *t, __u8 bits)

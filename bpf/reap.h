@@ -137,8 +137,7 @@ static __always_inline int reap_inbound(const struct reap_record *rec, const str
 	if (!rec->force &&
 	    !reap_due(set, inbound_timer(&rec->key, in->bits), rec->percent, now - in->seen))
 		return 0;
-	inbound_delete(&rec->key);
-	return 1;
+	return inbound_delete(&rec->key) == 0;
 }
 
 /* Corrects the count of a pod's mappings; what packets add meanwhile is not lost. */
