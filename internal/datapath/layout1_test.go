@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
 
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
@@ -65,6 +66,7 @@ func startLayout1(t *testing.T, topo *lab.Topology, in policy.Input, hook Hook) 
 	if err := os.Mkdir(p.root, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	p.must(rlimit.RemoveMemlock()) // before 5.11, as its agent did
 	p.load()
 	defer p.coll.Close()
 	p.apply(in)
