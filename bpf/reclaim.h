@@ -183,6 +183,14 @@ static __always_inline bool reclaim_wanted(__u32 now)
 	return st && st->active != ~0U && (__s32)(now - st->heartbeat) > (__s32)reclaim_after;
 }
 
+/* A call of its own for each table: clang would merge them into one, and the verifier of 6.1 refuses a
+ * call that gets different maps ("tail_call abusing map_ptr"). */
+#define RECLAIM_WALK(table)                                                                        \
+	do {                                                                                       \
+		bpf_for_each_map_elem(&table, reclaim_##table, &run, 0);                           \
+		asm volatile("r0 = %0" ::"i"(__COUNTER__) : "r0");                                 \
+	} while (0)
+
 static __noinline int reclaim_walk(struct reclaim_state *r, __u32 limit)
 {
 	__u64 start = bpf_ktime_get_ns();
@@ -203,22 +211,22 @@ static __noinline int reclaim_walk(struct reclaim_state *r, __u32 limit)
 	run.skip = r->skip;
 	switch (r->turn) {
 	case RECLAIM_FORWARD4:
-		bpf_for_each_map_elem(&forward4, reclaim_forward4, &run, 0);
+		RECLAIM_WALK(forward4);
 		break;
 	case RECLAIM_FORWARD6:
-		bpf_for_each_map_elem(&forward6, reclaim_forward6, &run, 0);
+		RECLAIM_WALK(forward6);
 		break;
 	case RECLAIM_INBOUND4:
-		bpf_for_each_map_elem(&inbound4, reclaim_inbound4, &run, 0);
+		RECLAIM_WALK(inbound4);
 		break;
 	case RECLAIM_INBOUND6:
-		bpf_for_each_map_elem(&inbound6, reclaim_inbound6, &run, 0);
+		RECLAIM_WALK(inbound6);
 		break;
 	case RECLAIM_REVERSE4:
-		bpf_for_each_map_elem(&reverse4, reclaim_reverse4, &run, 0);
+		RECLAIM_WALK(reverse4);
 		break;
 	default:
-		bpf_for_each_map_elem(&reverse6, reclaim_reverse6, &run, 0);
+		RECLAIM_WALK(reverse6);
 	}
 	if (run.met >= run.skip && run.met - run.skip >= limit) {
 		r->skip = run.met - run.removed; /* the rest comes with the next walk */
