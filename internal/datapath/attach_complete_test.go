@@ -99,21 +99,33 @@ func testChecksumComplete(t *testing.T, without []Feature) {
 // podPort is outside the pool, so that the port is translated too.
 const podPort = 20000
 
+// podAndServer are a server in the world and a socket of the pod that talks to it,
+// both with a deadline.
+func podAndServer(t *testing.T, topo *lab.Topology, dst netip.Addr) (srv, c *net.UDPConn, err error) {
+	srv, err = lab.ListenUDP(topo.World, netip.AddrPortFrom(dst, 0))
+	if err != nil {
+		return nil, nil, err
+	}
+	at := srv.LocalAddr().(*net.UDPAddr).AddrPort()
+	c, err = lab.DialUDP(t.Context(), topo.Pods[0], netip.AddrPortFrom(topo.PodAddrs[0].Of(dst), podPort), at)
+	if err != nil {
+		srv.Close()
+		return nil, nil, err
+	}
+	srv.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	return srv, c, nil
+}
+
 func askUDP(t *testing.T, topo *lab.Topology, dst netip.Addr, size int, noChecksum bool) error {
-	srv, err := lab.ListenUDP(topo.World, netip.AddrPortFrom(dst, 0))
+	srv, c, err := podAndServer(t, topo, dst)
 	if err != nil {
 		return err
 	}
 	defer srv.Close()
-	at := srv.LocalAddr().(*net.UDPAddr).AddrPort()
-	c, err := lab.DialUDP(t.Context(), topo.Pods[0], netip.AddrPortFrom(topo.PodAddrs[0].Of(dst), podPort), at)
-	if err != nil {
-		return err
-	}
 	defer c.Close()
-	for _, s := range []*net.UDPConn{srv, c} {
-		s.SetDeadline(time.Now().Add(5 * time.Second))
-		if noChecksum {
+	if noChecksum {
+		for _, s := range []*net.UDPConn{srv, c} {
 			if err := withoutChecksum(s, dst); err != nil {
 				return err
 			}
@@ -141,19 +153,12 @@ const heldFragments = "fragments reversed"
 
 // askReversed answers with fragments of which the last comes first.
 func askReversed(t *testing.T, topo *lab.Topology, dst netip.Addr) error {
-	srv, err := lab.ListenUDP(topo.World, netip.AddrPortFrom(dst, 0))
+	srv, c, err := podAndServer(t, topo, dst)
 	if err != nil {
 		return err
 	}
 	defer srv.Close()
-	at := srv.LocalAddr().(*net.UDPAddr).AddrPort()
-	c, err := lab.DialUDP(t.Context(), topo.Pods[0], netip.AddrPortFrom(topo.PodAddrs[0].Of(dst), podPort), at)
-	if err != nil {
-		return err
-	}
 	defer c.Close()
-	srv.SetDeadline(time.Now().Add(5 * time.Second))
-	c.SetDeadline(time.Now().Add(5 * time.Second))
 	buf := make([]byte, 4096)
 	if _, err := c.Write(buf[:100]); err != nil {
 		return err
@@ -162,7 +167,7 @@ func askReversed(t *testing.T, topo *lab.Topology, dst netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	p := packet.Packet{Link: packet.Raw, Src: dst, Dst: from.Addr(), Proto: packet.UDP, SrcPort: at.Port(), DstPort: from.Port(), ID: 4711,
+	p := packet.Packet{Link: packet.Raw, Src: dst, Dst: from.Addr(), Proto: packet.UDP, SrcPort: c.RemoteAddr().(*net.UDPAddr).AddrPort().Port(), DstPort: from.Port(), ID: 4711,
 		Payload: slices.Repeat([]byte("held"), 750)}
 	pieces := p.Fragments(1304)
 	slices.Reverse(pieces)
@@ -259,8 +264,6 @@ func askBare(t *testing.T, topo *lab.Topology, dst netip.Addr) error {
 		return err
 	}
 	defer c.Close()
-	srv.SetDeadline(time.Now().Add(5 * time.Second))
-	c.SetDeadline(time.Now().Add(5 * time.Second))
 	buf := make([]byte, 256)
 	if _, err := c.WriteTo(buf[:99], &net.IPAddr{IP: dst.AsSlice()}); err != nil {
 		return err
