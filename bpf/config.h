@@ -9,6 +9,11 @@
 /* BPF_F_IPV6 of bpf_l4_csum_replace, kernel 6.16 and stable trees: an IPv6 address and the
  * checksum that covers it cancel out, so skb->csum (CHECKSUM_COMPLETE) must not move. */
 volatile const __u8 have_csum_ipv6 = 0;
+/* The kernel's own view of a packet can be had (bpf_cast_to_kern_ctx, kernel 6.2), and with it whether
+ * the transport checksum is complete; see rewrite_at_once(). The bit in struct sk_buff at which
+ * that stands comes from the kernel's types. */
+volatile const __u8 have_ip_summed = 0;
+volatile const __u32 ip_summed_bit = 0;
 
 /* Flows a family; the loader sets the real size of the tables from memory or configuration. */
 #define DEFAULT_FLOWS 32768

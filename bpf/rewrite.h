@@ -1,18 +1,20 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* Writes an address and a port and keeps every checksum true.
  *
- * Only incremental changes: right for CHECKSUM_PARTIAL (the helpers know), for GSO packets
- * (segmentation copies the header) and for truncated ones. On an error the packet may be
- * half written: the caller must drop it.
+ * Only incremental changes: right for CHECKSUM_PARTIAL (the helpers know, rewrite_at_once() is told),
+ * for GSO packets (segmentation copies the header) and for truncated ones. On an error the packet
+ * may be half written: the caller must drop it.
  */
 #pragma once
 
 #include "crc32c.h"
+#include "parse.h"
 
 /* Missing in older UAPI headers; kernel 6.16. */
 #define CSUM_IPV6 (1ULL << 7)
 
-enum side { SOURCE, DESTINATION };
+/* Also the index of the port in the transport header. */
+enum side { SOURCE = 0, DESTINATION = 1 };
 
 /* Offset of the checksum in the transport header; 0 if there is none, or in SCTP, whose CRC covers
  * no address. */
@@ -126,48 +128,52 @@ static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const s
 	return err;
 }
 
-/* Writes both addresses, one of them new, in the IP header; with ports, the two behind them as well.
- * One store, because each takes 27 ns. In IPv4 it begins with the checksum, so that the sum of the
- * packet (skb->csum) stays. In IPv6 it stays if a transport checksum took the difference up; else
- * the flag must be BPF_F_RECOMPUTE_CSUM. */
+/* The beginning of a transport header, in 16-bit words: ports first. TCP's checksum is the ninth. */
+struct transport {
+	__be16 word[10];
+};
+
+/* Writes both addresses, one of them new, in the IP header, and the beginning of the transport header
+ * that follows. One store, because each takes 27 ns. In IPv4 it begins with the checksum, so that
+ * the sum of the packet (skb->csum) stays. In IPv6 it stays if a transport checksum took the
+ * difference up; else the flag must be BPF_F_RECOMPUTE_CSUM. */
 static __always_inline long rewrite_header(struct __sk_buff *skb, const struct packet *pkt,
-					   enum side side, const struct addr *to, __be16 port,
-					   bool ports, __u64 flag)
+					   enum side side, const struct addr *to,
+					   const struct transport *transport, __u32 size,
+					   __u64 flag)
 {
 	union {
 		struct {
 			__be16 pad, checksum;
 			__be32 src, dst;
-			__be16 sport, dport;
+			struct transport transport;
 		} v4;
 		struct {
 			struct addr src, dst;
-			__be16 sport, dport;
+			struct transport transport;
 		} v6;
 	} h;
-	__be16 sport = side == SOURCE ? port : pkt->sport;
-	__be16 dport = side == SOURCE ? pkt->dport : port;
 
 	if (!is_ipv4(pkt)) {
 		h.v6.src = side == SOURCE ? *to : pkt->src;
 		h.v6.dst = side == SOURCE ? pkt->dst : *to;
-		h.v6.sport = sport;
-		h.v6.dport = dport;
-		return bpf_skb_store_bytes(skb, pkt->l3 + 8, &h.v6, ports ? 36 : 32, flag);
+		h.v6.transport = *transport;
+		return bpf_skb_store_bytes(skb, pkt->l3 + 8, &h.v6, 32 + size, flag);
 	}
 	h.v4.checksum = csum_apply(pkt->ip_checksum,
 				   addr_diff(pkt, side == SOURCE ? &pkt->src : &pkt->dst, to));
 	h.v4.src = side == SOURCE ? to->w[3] : pkt->src.w[3];
 	h.v4.dst = side == SOURCE ? pkt->dst.w[3] : to->w[3];
-	h.v4.sport = sport;
-	h.v4.dport = dport;
-	return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.v4.checksum, ports ? 14 : 10, 0);
+	h.v4.transport = *transport;
+	return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.v4.checksum, 10 + size, 0);
 }
 
 static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *pkt, enum side side,
 					 const struct addr *to, __u64 flag)
 {
-	return rewrite_header(skb, pkt, side, to, 0, false, flag);
+	struct transport nothing = {};
+
+	return rewrite_header(skb, pkt, side, to, &nothing, 0, flag);
 }
 
 /* A fragment of an SCTP packet: how long the packet is we can't know, and so we can't correct its
@@ -183,16 +189,71 @@ static __always_inline bool ports_follow(const struct packet *pkt)
 	return pkt->kind == KIND_PORTS && pkt->l4 == pkt->l3 + (is_ipv4(pkt) ? 20 : 40);
 }
 
+/* skb->ip_summed: what the kernel knows of the transport checksum (include/linux/skbuff.h). */
+enum ip_summed {
+	SUMMED_NONE = 0,
+	SUMMED_UNNECESSARY,
+	SUMMED_COMPLETE, /* skb->csum is the sum of the packet */
+	SUMMED_PARTIAL, /* the field has the sum of the pseudo-header; the rest is added later */
+};
+
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym __weak;
+
+static __always_inline enum ip_summed ip_summed(struct __sk_buff *skb)
+{
+	const __u8 *kernel = bpf_cast_to_kern_ctx(skb);
+	__u32 bit = ip_summed_bit;
+
+	return kernel[bit / 8] >> (bit & 7) & 3;
+}
+
+/* Can the helpers be spared? In TCP and UDP right behind the IP header, with a checksum. */
+static __always_inline bool rewrite_is_plain(const struct packet *pkt)
+{
+	return ports_follow(pkt) && !pkt->no_checksum &&
+	       (pkt->proto == IPPROTO_TCP || pkt->proto == IPPROTO_UDP);
+}
+
+/* Translates one side of such a packet with one store in place of three helpers. Not with
+ * SUMMED_COMPLETE: in IPv4 skb->csum would have to move. */
+static __always_inline long rewrite_at_once(struct __sk_buff *skb, const struct packet *pkt,
+					    enum side side, const struct endpoint *to,
+					    enum ip_summed summed)
+{
+	bool tcp = pkt->proto == IPPROTO_TCP;
+	__u64 diff = addr_diff(pkt, side == SOURCE ? &pkt->src : &pkt->dst, &to->addr);
+	struct transport t = {};
+	__be16 *sum = tcp ? &t.word[8] : &t.word[3];
+
+	if (tcp ? load_header(skb, pkt->l4, &t, 18) : load_header(skb, pkt->l4, &t, 8))
+		return -1;
+	t.word[side] = to->port;
+	if (summed == SUMMED_PARTIAL)
+		*sum = csum_fold(diff + *sum);
+	else
+		*sum = csum_apply(*sum, diff + word_diff(packet_port(pkt, side), to->port));
+	if (!*sum && !tcp)
+		*sum = 0xffff;
+	return rewrite_header(skb, pkt, side, &to->addr, &t, tcp ? 18 : 8, 0);
+}
+
 /* Translates one side of the packet. */
 static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, enum side side,
 				    struct endpoint *to)
 {
 	__u32 sum = pkt->no_checksum ? 0 : checksum_offset(pkt);
 	__u64 recompute = sum ? 0 : BPF_F_RECOMPUTE_CSUM;
+	struct transport ports = { { pkt->sport, pkt->dport } };
 	__be16 old_port = packet_port(pkt, side);
 	struct addr *from = packet_addr(pkt, side);
 	bool together = false;
 
+	if (have_ip_summed && rewrite_is_plain(pkt)) {
+		enum ip_summed summed = ip_summed(skb);
+
+		if (summed != SUMMED_COMPLETE)
+			return rewrite_at_once(skb, pkt, side, to, summed);
+	}
 	if (sum && has_pseudo_header(pkt) && !addr_equal(from, &to->addr)) {
 		if (rewrite_pseudo_header(skb, pkt, pkt->l4 + sum, addr_diff(pkt, from, &to->addr)))
 			return -1;
@@ -211,5 +272,6 @@ static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, e
 						     &to->port, 2, recompute))
 			return -1;
 	}
-	return rewrite_header(skb, pkt, side, &to->addr, to->port, together, recompute);
+	ports.word[side] = to->port;
+	return rewrite_header(skb, pkt, side, &to->addr, &ports, together ? 4 : 0, recompute);
 }

@@ -451,6 +451,8 @@ const (
 	masqProgSentinelEther = "sentinel_ether"
 	masqProgSentinelRaw   = "sentinel_raw"
 	masqVarHaveCsumIpv6   = "have_csum_ipv6"
+	masqVarHaveIpSummed   = "have_ip_summed"
+	masqVarIpSummedBit    = "ip_summed_bit"
 	masqVarReclaimAfter   = "reclaim_after"
 	masqVarReclaimPeriod  = "reclaim_period"
 	masqVarReclaimRoom    = "reclaim_room"
@@ -544,6 +546,8 @@ type masqMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type masqVariableSpecs struct {
 	HaveCsumIpv6  *ebpf.VariableSpec `ebpf:"have_csum_ipv6"`
+	HaveIpSummed  *ebpf.VariableSpec `ebpf:"have_ip_summed"`
+	IpSummedBit   *ebpf.VariableSpec `ebpf:"ip_summed_bit"`
 	ReclaimAfter  *ebpf.VariableSpec `ebpf:"reclaim_after"`
 	ReclaimPeriod *ebpf.VariableSpec `ebpf:"reclaim_period"`
 	ReclaimRoom   *ebpf.VariableSpec `ebpf:"reclaim_room"`
@@ -629,6 +633,8 @@ func (m *masqMaps) Close() error {
 // It can be passed to loadMasqObjects or ebpf.CollectionSpec.LoadAndAssign.
 type masqVariables struct {
 	HaveCsumIpv6  *ebpf.Variable `ebpf:"have_csum_ipv6"`
+	HaveIpSummed  *ebpf.Variable `ebpf:"have_ip_summed"`
+	IpSummedBit   *ebpf.Variable `ebpf:"ip_summed_bit"`
 	ReclaimAfter  *ebpf.Variable `ebpf:"reclaim_after"`
 	ReclaimPeriod *ebpf.Variable `ebpf:"reclaim_period"`
 	ReclaimRoom   *ebpf.Variable `ebpf:"reclaim_room"`

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
@@ -27,6 +28,7 @@ const (
 	Loop                      // bpf_loop; 5.17
 	FIBSource                 // BPF_FIB_LOOKUP_SRC of bpf_fib_lookup; 6.7
 	Workqueues                // bpf_wq; 6.10
+	IPSummed                  // skb->ip_summed through bpf_cast_to_kern_ctx; 6.2
 )
 
 // kernelFeatures says of each Feature how a kernel is tried, never by version. A knob
@@ -45,6 +47,7 @@ var kernelFeatures = [...]struct {
 	Loop:       {"loop", "", probeHelper(asm.FnLoop)},
 	FIBSource:  {"route source", "", probeFIBSource},
 	Workqueues: {"workqueues", "", probeWorkqueues},
+	IPSummed:   {"checksum state", "have_ip_summed", probeIPSummed},
 }
 
 func (f Feature) String() string { return kernelFeatures[f].name }
@@ -170,6 +173,64 @@ func probeAtomics() (bool, error) {
 	return ret == 7, err
 }
 
+// probeIPSummed reads it in a program, as rewrite.h does.
+func probeIPSummed() (bool, error) {
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return false, nil
+	}
+	bit, ok := ipSummedBit(kernel)
+	var cast *btf.Func
+	if !ok || kernel.TypeByName("bpf_cast_to_kern_ctx", &cast) != nil {
+		return false, nil
+	}
+	id, err := kernel.TypeID(cast)
+	if err != nil {
+		return false, fmt.Errorf("find bpf_cast_to_kern_ctx: %w", err)
+	}
+	_, err = tryRun(asm.Instructions{
+		{OpCode: asm.OpCode(asm.JumpClass).SetJumpOp(asm.Call), Src: asm.PseudoKfuncCall, Constant: int64(id)},
+		asm.LoadMem(asm.R0, asm.R0, int16(bit/8), asm.Byte),
+		asm.Return(),
+	})
+	if refused := (*ebpf.VerifierError)(nil); errors.As(err, &refused) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// ipSummedBit is where ip_summed begins in struct sk_buff, whose fields are in
+// structures and unions without names.
+func ipSummedBit(kernel *btf.Spec) (uint32, bool) {
+	var skb *btf.Struct
+	if kernel.TypeByName("sk_buff", &skb) != nil {
+		return 0, false
+	}
+	return memberBit(skb.Members, "ip_summed")
+}
+
+func memberBit(members []btf.Member, name string) (uint32, bool) {
+	for _, m := range members {
+		if m.Name == name {
+			return uint32(m.Offset), m.BitfieldSize == 2
+		}
+		var inner []btf.Member
+		switch t := m.Type.(type) {
+		case *btf.Struct:
+			inner = t.Members
+		case *btf.Union:
+			inner = t.Members
+		}
+		if m.Name != "" {
+			continue
+		}
+		if bit, ok := memberBit(inner, name); ok {
+			return uint32(m.Offset) + bit, true
+		}
+	}
+	return 0, false
+}
+
 // set writes the features into the constants of the programs.
 func (s Features) set(spec *ebpf.CollectionSpec) error {
 	for f, k := range kernelFeatures {
@@ -183,6 +244,17 @@ func (s Features) set(spec *ebpf.CollectionSpec) error {
 		if err := spec.Variables[k.knob].Set(v); err != nil {
 			return fmt.Errorf("set %s: %w", k.knob, err)
 		}
+	}
+	if !s.Has(IPSummed) {
+		return nil
+	}
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return err
+	}
+	bit, _ := ipSummedBit(kernel)
+	if err := spec.Variables["ip_summed_bit"].Set(bit); err != nil {
+		return fmt.Errorf("set ip_summed_bit: %w", err)
 	}
 	return nil
 }

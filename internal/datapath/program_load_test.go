@@ -109,8 +109,8 @@ func TestTierNames(t *testing.T) {
 		want string
 	}{
 		{0, "tc"},
-		{all.Without(TCX, Loop, Timers, ForEach, FIBSource, Workqueues), "tc, IPv6 checksum flag, atomics"},
-		{all, "tcx, IPv6 checksum flag, atomics, for-each, timers, loop, route source, workqueues"},
+		{all.Without(TCX, Loop, Timers, ForEach, FIBSource, Workqueues, IPSummed), "tc, IPv6 checksum flag, atomics"},
+		{all, "tcx, IPv6 checksum flag, atomics, for-each, timers, loop, route source, workqueues, checksum state"},
 	} {
 		if got := c.set.Tier(); got != c.want {
 			t.Errorf("%b: %q, want %q", c.set, got, c.want)
