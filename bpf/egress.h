@@ -37,7 +37,7 @@ static __always_inline enum outcome egress_translate(struct __sk_buff *skb, stru
 	egress_mark(skb);
 	if (s->packet.first_fragment)
 		fragment_note(s, EGRESS, &s->to.addr, OUT_MASQ_FRAGMENT);
-	return rewrite(skb, &s->packet, SOURCE, &s->to) ? OUT_DROP_REWRITE : out;
+	return rewrite(skb, s, SOURCE) ? OUT_DROP_REWRITE : out;
 }
 
 /* The same, as a call: its frame must not lie below the search for a port. */
@@ -78,7 +78,7 @@ static __noinline enum outcome egress_error(struct __sk_buff *skb, struct scratc
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->src, &s->to.addr)))
 		return OUT_DROP_REWRITE;
-	return rewrite_addr(skb, pkt, SOURCE, &s->to.addr, 0) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
+	return rewrite_addr(skb, s, SOURCE, &s->to.addr, 0) ? OUT_DROP_REWRITE : OUT_MASQ_ERROR;
 }
 
 /* The reverse half of the flow at hand, if there is one; its content goes to s->owner. */
@@ -430,7 +430,7 @@ static __always_inline enum outcome egress(struct __sk_buff *skb, struct scratch
 
 	tuple_leaving(&s->flow, pkt);
 	if (pkt->kind == KIND_LATER)
-		out = fragment_follow(skb, pkt, EGRESS);
+		out = fragment_follow(skb, s, EGRESS);
 	else if (pkt->defect || pkt->kind == KIND_CONTROL)
 		out = OUT_CONTINUE;
 	else if (pkt->kind == KIND_ERROR)

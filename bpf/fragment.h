@@ -33,7 +33,7 @@ static __noinline void fragment_note(struct scratch *s, enum direction direction
 }
 
 /* Does to a later fragment what was done to its first; OUT_CONTINUE if there is no note. */
-static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct packet *pkt,
+static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct scratch *s,
 					       enum direction direction)
 {
 	enum side side = direction == INGRESS ? DESTINATION : SOURCE;
@@ -41,13 +41,13 @@ static __noinline enum outcome fragment_follow(struct __sk_buff *skb, struct pac
 	struct datagram k;
 	struct addr addr;
 
-	fragment_key(&k, pkt, direction);
+	fragment_key(&k, &s->packet, direction);
 	v = bpf_map_lookup_elem(&fragments, &k);
 	if (!v || (__s32)(now_seconds() - v->seen) > FRAGMENT_SECONDS)
 		return OUT_CONTINUE;
 	if (v->outcome != OUT_MASQ_FRAGMENT)
 		return v->outcome;
 	addr = v->addr;
-	return rewrite_addr(skb, pkt, side, &addr, BPF_F_RECOMPUTE_CSUM) ? OUT_DROP_REWRITE
-									 : OUT_MASQ_FRAGMENT;
+	return rewrite_addr(skb, s, side, &addr, BPF_F_RECOMPUTE_CSUM) ? OUT_DROP_REWRITE
+								       : OUT_MASQ_FRAGMENT;
 }

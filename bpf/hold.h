@@ -246,7 +246,7 @@ static __always_inline enum outcome hold_later(struct __sk_buff *skb, struct scr
 		return OUT_PASS_NO_MAPPING; /* an address that nobody is masqueraded with */
 	fragment_key(&s->datagram, &s->packet, INGRESS);
 	out = hold_fragment(skb);
-	return out ?: fragment_follow(skb, &s->packet, INGRESS) ?: OUT_PASS_FRAGMENT;
+	return out ?: fragment_follow(skb, s, INGRESS) ?: OUT_PASS_FRAGMENT;
 }
 
 /* After the first fragment's verdict: leaves a note, and sends on what waited for it. */

@@ -27,8 +27,8 @@ static __noinline enum outcome ingress_error(struct __sk_buff *skb, struct scrat
 	if (!is_ipv4(pkt) &&
 	    rewrite_pseudo_header(skb, pkt, pkt->l4 + 2, addr_diff(pkt, &pkt->dst, &s->to.addr)))
 		return OUT_DROP_REWRITE;
-	return rewrite_addr(skb, pkt, DESTINATION, &s->to.addr, 0) ? OUT_DROP_REWRITE
-								   : OUT_MASQ_ERROR;
+	return rewrite_addr(skb, s, DESTINATION, &s->to.addr, 0) ? OUT_DROP_REWRITE
+								 : OUT_MASQ_ERROR;
 }
 
 static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct scratch *s,
@@ -43,7 +43,7 @@ static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct 
 	/* The node would answer it with an ABORT. */
 	if (port_is_fixed(pkt) && s->to.port != pkt->dport)
 		return OUT_DROP_FRAGMENT;
-	if (rewrite(skb, pkt, DESTINATION, &s->to))
+	if (rewrite(skb, s, DESTINATION))
 		return OUT_DROP_REWRITE;
 	return host ? OUT_MASQ_HOST : OUT_MASQ_KNOWN;
 }
@@ -71,7 +71,7 @@ static __always_inline enum outcome ingress(struct __sk_buff *skb, struct scratc
 	enum outcome out;
 
 	if (pkt->kind == KIND_LATER)
-		return fragment_follow(skb, pkt, INGRESS) ?: hold_later(skb, s);
+		return fragment_follow(skb, s, INGRESS) ?: hold_later(skb, s);
 	out = ingress_whole(skb, s);
 	return pkt->first_fragment ? hold_first(skb, s, out) : out;
 }

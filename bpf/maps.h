@@ -400,6 +400,22 @@ struct claim {
 	__u8 pad[3];
 };
 
+/* The headers that change, without a gap: the end of an IP header, whatever its family, and the
+ * beginning of the transport header that follows. */
+struct headers {
+	union {
+		struct addr v6[2]; /* source, destination */
+		struct {
+			__u8 before[22];
+			__be16 checksum;
+			__be32 v4[2];
+		};
+	};
+	__be16 transport[10]; /* the ports; TCP's checksum is the ninth word */
+};
+
+_Static_assert(__builtin_offsetof(struct headers, transport) == 32, "no gap");
+
 /* What the stages hand to each other. In a map and not on the stack, because the verifier tracks
  * every byte of a stack: each combination of header kinds would be a state of its own in all
  * that follows (more than a million instructions). Map memory it takes as unknown. Programs of
@@ -417,6 +433,7 @@ struct scratch {
 	struct claim claim;
 	struct bpf_sock_tuple socket; /* to ask for */
 	union flow_entry entry; /* what flow_add() inserts */
+	struct headers headers; /* what rewrite_headers() writes */
 	struct datagram datagram; /* of the fragment at hand, at ingress */
 	__u8 header[60]; /* a quoted IPv4 header */
 	__u8 quoted[ANSWER_CHUNK + 4]; /* a piece of what an ICMP error of ours quotes */

@@ -8,12 +8,12 @@
 #pragma once
 
 #include "crc32c.h"
+#include "maps.h"
 #include "parse.h"
 
 /* Missing in older UAPI headers; kernel 6.16. */
 #define CSUM_IPV6 (1ULL << 7)
 
-/* Also the index of the port in the transport header. */
 enum side { SOURCE = 0, DESTINATION = 1 };
 
 /* Offset of the checksum in the transport header; 0 if there is none, or in SCTP, whose CRC covers
@@ -128,52 +128,35 @@ static __always_inline long rewrite_pseudo_header(struct __sk_buff *skb, const s
 	return err;
 }
 
-/* The beginning of a transport header, in 16-bit words: ports first. TCP's checksum is the ninth. */
-struct transport {
-	__be16 word[10];
-};
-
-/* Writes both addresses, one of them new, in the IP header, and the beginning of the transport header
- * that follows. One store, because each takes 27 ns. In IPv4 it begins with the checksum, so that
- * the sum of the packet (skb->csum) stays. In IPv6 it stays if a transport checksum took the
- * difference up; else the flag must be BPF_F_RECOMPUTE_CSUM. */
-static __always_inline long rewrite_header(struct __sk_buff *skb, const struct packet *pkt,
-					   enum side side, const struct addr *to,
-					   const struct transport *transport, __u32 size,
-					   __u64 flag)
+/* Writes both addresses, one of them new, and so many bytes of s->headers.transport. One store, because each
+ * takes 27 ns. In IPv4 it begins with the checksum, so that the sum of the packet (skb->csum) stays.
+ * In IPv6 it stays if a transport checksum took the difference up; else the flag must be
+ * BPF_F_RECOMPUTE_CSUM. */
+static __always_inline long rewrite_headers(struct __sk_buff *skb, struct scratch *s,
+					    enum side side, const struct addr *to, __u32 transport,
+					    __u64 flag)
 {
-	union {
-		struct {
-			__be16 pad, checksum;
-			__be32 src, dst;
-			struct transport transport;
-		} v4;
-		struct {
-			struct addr src, dst;
-			struct transport transport;
-		} v6;
-	} h;
+	const struct packet *pkt = &s->packet;
+	struct headers *h = &s->headers;
 
 	if (!is_ipv4(pkt)) {
-		h.v6.src = side == SOURCE ? *to : pkt->src;
-		h.v6.dst = side == SOURCE ? pkt->dst : *to;
-		h.v6.transport = *transport;
-		return bpf_skb_store_bytes(skb, pkt->l3 + 8, &h.v6, 32 + size, flag);
+		h->v6[SOURCE] = pkt->src;
+		h->v6[DESTINATION] = pkt->dst;
+		h->v6[side] = *to;
+		return bpf_skb_store_bytes(skb, pkt->l3 + 8, h->v6, 32 + transport, flag);
 	}
-	h.v4.checksum = csum_apply(pkt->ip_checksum,
-				   addr_diff(pkt, side == SOURCE ? &pkt->src : &pkt->dst, to));
-	h.v4.src = side == SOURCE ? to->w[3] : pkt->src.w[3];
-	h.v4.dst = side == SOURCE ? pkt->dst.w[3] : to->w[3];
-	h.v4.transport = *transport;
-	return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h.v4.checksum, 10 + size, 0);
+	h->checksum = csum_apply(pkt->ip_checksum,
+				 addr_diff(pkt, side == SOURCE ? &pkt->src : &pkt->dst, to));
+	h->v4[SOURCE] = pkt->src.w[3];
+	h->v4[DESTINATION] = pkt->dst.w[3];
+	h->v4[side] = to->w[3];
+	return bpf_skb_store_bytes(skb, pkt->l3 + 10, &h->checksum, 10 + transport, 0);
 }
 
-static __always_inline long rewrite_addr(struct __sk_buff *skb, struct packet *pkt, enum side side,
+static __always_inline long rewrite_addr(struct __sk_buff *skb, struct scratch *s, enum side side,
 					 const struct addr *to, __u64 flag)
 {
-	struct transport nothing = {};
-
-	return rewrite_header(skb, pkt, side, to, &nothing, 0, flag);
+	return rewrite_headers(skb, s, side, to, 0, flag);
 }
 
 /* A fragment of an SCTP packet: how long the packet is we can't know, and so we can't correct its
@@ -216,34 +199,34 @@ static __always_inline bool rewrite_is_plain(const struct packet *pkt)
 
 /* Translates one side of such a packet with one store in place of three helpers. Not with
  * SUMMED_COMPLETE: in IPv4 skb->csum would have to move. */
-static __always_inline long rewrite_at_once(struct __sk_buff *skb, const struct packet *pkt,
-					    enum side side, const struct endpoint *to,
-					    enum ip_summed summed)
+static __always_inline long rewrite_at_once(struct __sk_buff *skb, struct scratch *s,
+					    enum side side, enum ip_summed summed)
 {
+	const struct packet *pkt = &s->packet;
+	const struct endpoint *to = &s->to;
 	bool tcp = pkt->proto == IPPROTO_TCP;
 	__u64 diff = addr_diff(pkt, side == SOURCE ? &pkt->src : &pkt->dst, &to->addr);
-	struct transport t = {};
-	__be16 *sum = tcp ? &t.word[8] : &t.word[3];
+	__be16 *ports = s->headers.transport, *sum = ports + (tcp ? 8 : 3);
 
-	if (tcp ? load_header(skb, pkt->l4, &t, 18) : load_header(skb, pkt->l4, &t, 8))
+	if (tcp ? load_header(skb, pkt->l4, ports, 18) : load_header(skb, pkt->l4, ports, 8))
 		return -1;
-	t.word[side] = to->port;
+	ports[side] = to->port;
 	if (summed == SUMMED_PARTIAL)
 		*sum = csum_fold(diff + *sum);
 	else
 		*sum = csum_apply(*sum, diff + word_diff(packet_port(pkt, side), to->port));
 	if (!*sum && !tcp)
 		*sum = 0xffff;
-	return rewrite_header(skb, pkt, side, &to->addr, &t, tcp ? 18 : 8, 0);
+	return rewrite_headers(skb, s, side, &to->addr, tcp ? 18 : 8, 0);
 }
 
-/* Translates one side of the packet. */
-static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, enum side side,
-				    struct endpoint *to)
+/* Translates one side of the packet to s->to. */
+static __always_inline long rewrite(struct __sk_buff *skb, struct scratch *s, enum side side)
 {
+	struct packet *pkt = &s->packet;
+	struct endpoint *to = &s->to;
 	__u32 sum = pkt->no_checksum ? 0 : checksum_offset(pkt);
 	__u64 recompute = sum ? 0 : BPF_F_RECOMPUTE_CSUM;
-	struct transport ports = { { pkt->sport, pkt->dport } };
 	__be16 old_port = packet_port(pkt, side);
 	struct addr *from = packet_addr(pkt, side);
 	bool together = false;
@@ -252,7 +235,7 @@ static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, e
 		enum ip_summed summed = ip_summed(skb);
 
 		if (summed != SUMMED_COMPLETE)
-			return rewrite_at_once(skb, pkt, side, to, summed);
+			return rewrite_at_once(skb, s, side, summed);
 	}
 	if (sum && has_pseudo_header(pkt) && !addr_equal(from, &to->addr)) {
 		if (rewrite_pseudo_header(skb, pkt, pkt->l4 + sum, addr_diff(pkt, from, &to->addr)))
@@ -272,6 +255,8 @@ static __always_inline long rewrite(struct __sk_buff *skb, struct packet *pkt, e
 						     &to->port, 2, recompute))
 			return -1;
 	}
-	ports.word[side] = to->port;
-	return rewrite_header(skb, pkt, side, &to->addr, &ports, together ? 4 : 0, recompute);
+	s->headers.transport[SOURCE] = pkt->sport;
+	s->headers.transport[DESTINATION] = pkt->dport;
+	s->headers.transport[side] = to->port;
+	return rewrite_headers(skb, s, side, &to->addr, together ? 4 : 0, recompute);
 }

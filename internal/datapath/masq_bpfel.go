@@ -327,11 +327,15 @@ type masqScratch struct {
 		Flow masqFlow
 		_    [16]byte
 	}
+	Headers struct {
+		_         structs.HostLayout
+		V6        [2]masqAddr
+		Transport [10]uint16
+	}
 	Datagram masqDatagram
 	Header   [60]uint8
 	Quoted   [516]uint8
 	Decided  uint32
-	_        [4]byte
 	Tick     uint64
 	Second   uint32
 	_        [4]byte
