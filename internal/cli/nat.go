@@ -2,9 +2,9 @@ package cli
 
 import (
 	"cmp"
-	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -101,11 +101,21 @@ that gets another port or address by that resets it.`,
 // sortMappings puts each flow's two lines together, leaving first, and the flows
 // in the order of protocol, inner socket and remote socket.
 func sortMappings(mappings []datapath.Mapping) {
-	slices.SortStableFunc(mappings, func(a, b datapath.Mapping) int {
+	slices.SortFunc(mappings, func(a, b datapath.Mapping) int {
 		innerA, remoteA, outerA := sockets(a)
 		innerB, remoteB, outerB := sockets(b)
-		return cmp.Or(cmp.Compare(a.Proto, b.Proto), innerA.Compare(innerB), remoteA.Compare(remoteB),
-			outerA.Compare(outerB), cmp.Compare(a.Kind, b.Kind), cmp.Compare(rank(a), rank(b)))
+		// Step by step: of millions of mappings most differ in the first ones.
+		c := cmp.Compare(a.Proto, b.Proto)
+		if c == 0 {
+			c = innerA.Compare(innerB)
+		}
+		if c == 0 {
+			c = remoteA.Compare(remoteB)
+		}
+		if c != 0 {
+			return c
+		}
+		return cmp.Or(outerA.Compare(outerB), cmp.Compare(a.Kind, b.Kind), cmp.Compare(rank(a), rank(b)))
 	})
 }
 
@@ -137,17 +147,21 @@ func direction(m datapath.Mapping) (dir, xlate string) {
 
 func mappingText(mappings []datapath.Mapping) string {
 	var b strings.Builder
+	var line []byte
 	for _, m := range mappings {
 		dir, xlate := direction(m)
-		fmt.Fprintf(&b, "%s %s %s -> %s", protoName(m.Proto), dir, m.Src, m.Dst)
+		line = append(line[:0], protoName(m.Proto)+" "+dir+" "...)
+		line = append(m.Src.AppendTo(line), " -> "...)
+		line = m.Dst.AppendTo(line)
 		if m.Xlate.IsValid() {
-			fmt.Fprintf(&b, " %s %s", xlate, m.Xlate)
+			line = m.Xlate.AppendTo(append(line, " "+xlate+" "...))
 		}
-		fmt.Fprintf(&b, " Created=%dsec ago State=%s", m.Age/time.Second, m.State)
+		line = strconv.AppendInt(append(line, " Created="...), int64(m.Age/time.Second), 10)
+		line = append(line, "sec ago State="+m.State...)
 		if m.Kind != datapath.KindMapping {
-			fmt.Fprintf(&b, " Kind=%s", m.Kind)
+			line = append(line, " Kind="+m.Kind...)
 		}
-		b.WriteByte('\n')
+		b.Write(append(line, '\n'))
 	}
 	return b.String()
 }

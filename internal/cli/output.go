@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -67,7 +68,31 @@ func showList[T any](a *app, f format, list []T, asText func([]T) string) error 
 		fmt.Fprintln(a.Stderr, "No entries found.")
 		return nil
 	}
+	if f == jsonForm && len(list) > 0 {
+		return showEach(a, list)
+	}
 	return a.show(f, list, func() string { return asText(list) })
+}
+
+// showEach prints a list as show does, in JSON, but by the element: millions of them are
+// never in memory as one text.
+func showEach[T any](a *app, list []T) error {
+	w := bufio.NewWriter(a.Stdout)
+	before := "[\n  "
+	for _, v := range list {
+		data, err := json.MarshalIndent(v, "  ", "  ")
+		if err != nil {
+			return fmt.Errorf("JSON: %w", err)
+		}
+		w.WriteString(before)
+		w.Write(data)
+		before = ",\n  "
+	}
+	w.WriteString("\n]\n")
+	if err := w.Flush(); err != nil { // the first error of all
+		return fmt.Errorf("standard output: %w", err)
+	}
+	return nil
 }
 
 // table aligns rows in columns with three blanks between, as Cilium's lists are.
