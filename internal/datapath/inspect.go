@@ -249,7 +249,7 @@ func (i *Inspector) WorstPort() (PortUse, error) {
 	if err != nil || s == nil {
 		return PortUse{}, err
 	}
-	tally := newPortTally(int(s.Ports))
+	tally := newPortTally(int(s.Ports), 0)
 	for _, t := range i.tables {
 		for e, err := range t.all(t.forward) {
 			if err != nil {

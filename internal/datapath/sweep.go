@@ -43,6 +43,7 @@ type sweeper struct {
 	last    [2]Usage       // of the previous walk: the kernel keeps no count of a preallocated table
 	buried  [2]int         // dead entries that it left
 	graves  map[uint64]int // the same by remote, see portTally
+	remotes int            // that had flows
 	seed    uint64         // of the next orphan filter
 }
 
@@ -143,7 +144,7 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 	if err != nil {
 		return out, err
 	}
-	ports := newPortTally(facts.pool)
+	ports := newPortTally(facts.pool, s.remotes)
 	ports.graves = s.graves
 	if err := s.quota.begin(); err != nil {
 		return out, err
@@ -168,7 +169,7 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 		}
 	}
 	err = s.quota.settle(ctx, s.prog, out.Usage)
-	s.graves = ports.buried
+	s.graves, s.remotes = ports.buried, len(ports.used)
 	out.Worst, out.Took = ports.worst(), time.Since(start)
 	return out, err
 }

@@ -75,8 +75,10 @@ func (t *portTally) bury(e flowEntry) {
 	t.buried[portGroup{e.key.proto, e.key.local.Addr(), e.key.remote}.hash()]++
 }
 
-func newPortTally(pool int) *portTally {
-	return &portTally{most: PortUse{Pool: pool}, used: make(map[uint64]int), buried: make(map[uint64]int)}
+// newPortTally begins with room for as many remotes as one knows of: a map that grows to
+// a million entries copies them all several times.
+func newPortTally(pool, remotes int) *portTally {
+	return &portTally{most: PortUse{Pool: pool}, used: make(map[uint64]int, remotes), buried: make(map[uint64]int)}
 }
 
 func (t *portTally) add(e flowEntry) {
@@ -86,9 +88,10 @@ func (t *portTally) add(e flowEntry) {
 		return
 	}
 	h := portGroup{e.key.proto, e.xlate.Addr(), e.key.remote}.hash()
-	t.used[h]++
-	if t.used[h] > t.most.Used {
-		t.most.Used = t.used[h]
+	n := t.used[h] + 1
+	t.used[h] = n
+	if n > t.most.Used {
+		t.most.Used = n
 		t.most.Proto, t.most.Addr, t.most.Remote = e.key.proto, e.xlate.Addr(), e.key.remote
 	}
 }
