@@ -51,6 +51,6 @@ fuzz: ## each fuzz test of the programs for FUZZTIME, one after the other (root)
 		go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x -parallel 1 ./internal/datapath || exit 1; done
 
 bench: ## ns per packet of the programs (root)
-	go test -run '^$$' -bench . -benchtime 1x -count 5 ./internal/datapath
+	go test -run '^$$' -bench . -benchtime 1x -count 5 -timeout 30m ./internal/datapath
 
 ci: lint test ci-generated ## what CI runs

@@ -149,7 +149,9 @@ type chunk[K, V any] struct {
 	values []V
 }
 
-const walkBatch = 4096
+// walkBatch is how much of a table one system call reads. Where the kernel does not
+// preempt itself, no other task has the CPU until the call returns: 0.1 to 0.2 ms.
+const walkBatch = 256
 
 // eachEntry visits the entries of a hash table until visit has enough.
 func eachEntry[K, V any](m *ebpf.Map, visit func(K, V) bool) error {
@@ -191,17 +193,20 @@ func batches[K, V any](m *ebpf.Map) iter.Seq2[chunk[K, V], error] {
 	}
 }
 
-// find looks up the entry of k in a forward or reverse table.
+// find looks up the entry of k in a forward or reverse table. By pointer, the key is
+// passed to the kernel as it is.
 func (t flowTables) find(m *ebpf.Map, k flowKey) (flowEntry, bool) {
 	if t.ipv4 {
-		var v masqFlow4
-		err := m.Lookup(masqTuple4{
+		key := masqTuple4{
 			Local: addr4To(k.local.Addr()), Remote: addr4To(k.remote.Addr()),
 			Lport: swapPort(k.local.Port()), Rport: swapPort(k.remote.Port()), Proto: k.proto,
-		}, &v)
+		}
+		var v masqFlow4
+		err := m.Lookup(&key, &v)
 		return entryOf(k, v.Flow, addr4From(v.Addr)), err == nil
 	}
+	key := k.tuple()
 	var v masqFlow6
-	err := m.Lookup(k.tuple(), &v)
+	err := m.Lookup(&key, &v)
 	return entryOf(k, v.Flow, addrFrom(v.Addr)), err == nil
 }

@@ -251,7 +251,7 @@ func TestReclaimInParts(t *testing.T) {
 		reclaim: &reclaimTiming{after: 60, period: time.Millisecond}})
 	in := loopPolicy(ports(32768, 32768))
 	b.apply(in)
-	b.fill(flows, in.Devices[0].IPv4, 1000) // established: candidates, but not due
+	b.fill(flows, 0, in.Devices[0].IPv4, 1000) // established: candidates, but not due
 	var skips []uint32
 	if err := b.changeState(func(st *masqState) { st.Heartbeat -= 61 }); err != nil {
 		t.Fatal(err)

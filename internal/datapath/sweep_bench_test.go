@@ -15,9 +15,15 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// fill makes established TCP flows to as many remotes, which have been silent for
-// some seconds.
-func (b *bench) fill(flows int, external netip.Addr, silent uint32) {
+// filled is the key of flow number i of those that fill makes.
+func filled(i int) masqTuple4 {
+	return masqTuple4{Local: addr4To(netip.AddrFrom4([4]byte{10, 0, byte(i >> 2 & 63), byte(i & 3)})),
+		Remote: uint32(i), Lport: 1, Rport: 2, Proto: policy.ProtoTCP}
+}
+
+// fill makes TCP flows to as many remotes, which have been silent for some seconds. The
+// first ones are closed, the others established.
+func (b *bench) fill(flows, closed int, external netip.Addr, silent uint32) {
 	b.t.Helper()
 	now, err := monotonicSeconds()
 	if err != nil {
@@ -29,11 +35,13 @@ func (b *bench) fill(flows int, external netip.Addr, silent uint32) {
 		keys, back := make([]masqTuple4, n), make([]masqTuple4, n)
 		out, reply := make([]masqFlow4, n), make([]masqFlow4, n)
 		for i := range n {
-			k := masqTuple4{Local: addr4To(netip.AddrFrom4([4]byte{10, 0, byte(i >> 2 & 63), byte(i & 3)})),
-				Remote: uint32(from + i), Lport: 1, Rport: 2, Proto: policy.ProtoTCP}
+			k := filled(from + i)
 			r := k
 			r.Local = addr4To(external)
 			f := masqFlow{Seen: now - silent, Created: now - silent, Packets: 9, Port: 1, Bits: bitSyn | bitData}
+			if from+i < closed {
+				f.Bits |= bitFin
+			}
 			f.Tag = flowTag(k)
 			keys[i], out[i] = k, masqFlow4{Flow: f, Addr: r.Local}
 			f.Tag = flowTag(r)
@@ -63,7 +71,7 @@ func BenchmarkSweep(b *testing.B) {
 			r := newBench(b, labtest.NewNS(b), Options{DefaultFlows: size})
 			in := loopPolicy(ports(32768, 32768))
 			r.apply(in)
-			r.fill(flows, in.Devices[0].IPv4, 1000)
+			r.fill(flows, 0, in.Devices[0].IPv4, 1000)
 			r.sweep() // counts the pods
 			b.ReportAllocs()
 			user, system := cpuTime(b)
