@@ -234,11 +234,14 @@ func BenchmarkScaleList(b *testing.B) {
 	s := newScale(b)
 	for _, form := range []string{"text", "json"} {
 		b.Run(form, func(b *testing.B) {
+			var cpu time.Duration
 			for b.Loop() {
 				cmd := exec.Command(s.bin, "bpf", "nat", "list", "-o", form, "--bpf-root", s.bpfRoot, "--run-dir", s.runDir)
 				must(b, s.Node.Start(cmd))
 				must(b, cmd.Wait())
+				cpu += cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 			}
+			b.ReportMetric(cpu.Seconds()/float64(b.N), "cpu-s/op")
 		})
 	}
 }
