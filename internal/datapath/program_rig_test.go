@@ -76,6 +76,8 @@ func runPrograms(t *testing.T, r *rig) {
 		{"ErrorsWithBadQuote", testErrorsWithBadQuote},
 		{"ErrorsDoNotRefresh", testErrorsDoNotRefresh},
 		{"ErrorsOfOthers", testErrorsOfOthers},
+		{"ErrorFragments", testErrorFragments},
+		{"ErrorFragmentsShort", testErrorFragmentsShort},
 		{"Fragments", testFragments},
 		{"FragmentsAlone", testFragmentsAlone},
 		{"FragmentNoteExpires", testFragmentNoteExpires},
