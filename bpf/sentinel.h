@@ -133,16 +133,23 @@ static __always_inline void sentinel(struct __sk_buff *skb, struct scratch *s)
 {
 	__u32 ifindex = skb->ifindex, generation = 0, decided = s->decided;
 	const struct packet *pkt = &s->packet;
+	struct setting *set;
 	struct device *dev;
 
 	s->decided = 0;
-	if (!policy_settings(&generation) || sentinel_allows(skb, s, generation))
+	set = policy_settings(&generation);
+	if (!set || sentinel_allows(skb, s, generation))
 		return;
 	/* The policy may have changed since our egress program saw the packet, a moment ago. */
 	if (decided && decided == generation && sentinel_allows(skb, s, generation - 1))
 		return;
 	dev = bpf_map_lookup_elem(&devices, &ifindex);
 	/* Without an entry the device is draining, and maps nothing new. */
-	if (dev && !addr_equal(&pkt->src, &dev->addr[pkt->family & 1]))
+	if (!dev || addr_equal(&pkt->src, &dev->addr[pkt->family & 1]))
+		return;
+	/* Nor is it a leak with the source of the route towards its destination: sentinel_translated()
+	 * can't tell of a later fragment and of an error. */
+	egress_address(s, dev, set, generation);
+	if (!addr_equal(&pkt->src, &s->to.addr))
 		sentinel_note(pkt, ifindex);
 }

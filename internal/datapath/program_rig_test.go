@@ -128,6 +128,7 @@ func runPrograms(t *testing.T, r *rig) {
 		{"TunnelList", testTunnelList},
 		{"SentinelSees", testSentinelSees},
 		{"SentinelExcuses", testSentinelExcuses},
+		{"SentinelRouteSource", testSentinelRouteSource},
 		{"SentinelPolicyChange", testSentinelPolicyChange},
 		{"Heals", testHeals},
 		{"LostPort", testLostPort},

@@ -1,6 +1,8 @@
 package datapath
 
 import (
+	"net/netip"
+	"slices"
 	"testing"
 
 	"bauta.dev/bauta/internal/lab/packet"
@@ -122,6 +124,34 @@ func testSentinelExcuses(t *testing.T, r *rig) {
 		if n := len(r.flows(inboundTable)); n != before {
 			t.Errorf("%d inbound entries, before %d", n, before)
 		}
+	})
+}
+
+// The source of a route may be the address of a device of the pods, which lies in a source range and
+// so is none of the node's own. What left with it was translated: also later fragments and errors,
+// which no mapping's socket names.
+func testSentinelRouteSource(t *testing.T, r *rig) {
+	in := r.familyInput()
+	in.HostAddrs = slices.DeleteFunc(in.HostAddrs, func(a netip.Addr) bool { return a == families[0].gateway || a == families[1].gateway })
+	for _, f := range families {
+		in.RouteSources = append(in.RouteSources, policy.RouteSource{Prefix: prefixOf(f.remote), Source: f.gateway})
+	}
+	r.apply(in)
+	eachFamily(t, r, func(r *rig, f family) {
+		p := large(f)
+		out := p.From(f.gateway, keptPort)
+		// Each that leaves is shown to the sentinel: see rig.runContext.
+		got := r.pieces(egress, p.Link, p.Fragments(fragmentSize), policy.MasqNew, policy.MasqFragment)
+		r.reassembled(out, got)
+		e := f.unreachable(p.Reply(), f.pod)
+		e.ID = 7
+		got = r.pieces(egress, e.Link, e.Fragments(fragmentSize), policy.MasqError, policy.MasqFragment)
+		want := f.unreachable(out.Reply(), f.gateway)
+		want.ID = 7
+		r.reassembled(want, got)
+		r.watch(f.udp(), 1)
+		r.watch(f.udp().From(f.gateway, 1), 0)
+		r.watch(f.udp().From(f.gateway, 1).To(f.other, 53), 1) // no route has this source
 	})
 }
 
