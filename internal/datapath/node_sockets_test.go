@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"syscall"
 	"testing"
 	"time"
 
@@ -20,12 +19,12 @@ import (
 // listen opens a socket of either protocol, bound to a device if dev is not empty.
 func listen(t *testing.T, ns *lab.NS, network, address, dev string) {
 	t.Helper()
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
-		if dev != "" {
-			c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), dev) })
+	lc := net.ListenConfig{Control: control(func(fd int) error {
+		if dev == "" {
+			return nil
 		}
-		return err
-	}}
+		return unix.BindToDevice(fd, dev)
+	})}
 	err := ns.Do(func() error {
 		var c io.Closer
 		var err error
@@ -124,7 +123,7 @@ func TestNodeSockets(t *testing.T) {
 				t.Run(c.name+" "+proto+" "+world.String(), func(t *testing.T) {
 					in.Ports, next = []uint16{next, next + 1}, next+2
 					b.apply(in)
-					server, ask := echoServer(t, topo, proto, world)
+					server, ask := echoServer(t, topo, proto, netip.AddrPortFrom(world, 0))
 					s := site{node: netip.AddrPortFrom(topo.NodeAddr.Of(world), in.Ports[0]), server: server}
 					c.open(t, proto, s)
 					seen := ask(netip.AddrPortFrom(topo.PodAddrs[0].Of(world), in.Ports[0]))
@@ -142,13 +141,13 @@ func TestNodeSockets(t *testing.T) {
 }
 
 // echoServer starts a server in the world; ask asks it from the first pod.
-func echoServer(t *testing.T, topo *lab.Topology, proto string, world netip.Addr) (server netip.AddrPort, ask func(local netip.AddrPort) netip.AddrPort) {
+func echoServer(t *testing.T, topo *lab.Topology, proto string, at netip.AddrPort) (server netip.AddrPort, ask func(local netip.AddrPort) netip.AddrPort) {
 	t.Helper()
 	start := lab.EchoUDP
 	if proto == "tcp" {
 		start = lab.EchoTCP
 	}
-	s, err := start(topo.World, netip.AddrPortFrom(world, 0))
+	s, err := start(topo.World, at)
 	if err != nil {
 		t.Fatal(err)
 	}
