@@ -18,7 +18,9 @@ import (
 //     right or wrong by the same difference as before; UDP's zero stays zero;
 //   - a known flow keeps its external socket, and no two share one; its answers find their way
 //     back; an error's quote is what the other side knows;
-//   - no-port and table-full are true; nothing is dropped at ingress.
+//   - a later fragment gets what the first of its own datagram got; a new connection on an old mapping
+//     starts it anew; packets keep a flow, errors and fragments do not (fuzz_state_test.go);
+//   - no-port and table-full are true; nothing is dropped at ingress but a fragment of SCTP.
 //
 // An ordinary test run executes the seeds and what testdata/fuzz has.
 
@@ -42,14 +44,35 @@ func (w *world) packet() packet.Packet {
 	if p.Proto == packet.TCP && c.below(2) == 1 {
 		p.Flags = c.byte()
 	}
-	if n := c.below(4); n > 0 {
+	n := c.below(8)
+	if n > 0 && n < 4 {
 		p.Payload = slices.Repeat([]byte{[]byte{0, 0xff, c.byte()}[n-1]}, c.below(48))
 	}
 	if p.Link == packet.Raw {
 		p.Payload = append(p.Payload, make([]byte, 14)...) // what a test run takes for the IP header is complete
 	}
 	p.ID = uint32(c.below(3))
+	switch n {
+	case 4: // the checksum comes out as zero,
+		p.Payload = zeroChecksum(p, p)
+	case 5: // or that of the translated packet does,
+		p.Payload = zeroChecksum(p, p.From(f.node, p.Port()))
+	case 6: // with another port
+		p.Payload = zeroChecksum(p, p.From(f.node, firstPort))
+	}
 	return p
+}
+
+// zeroChecksum returns a payload for p with which the transport checksum of as is zero; as differs
+// from p by its source alone.
+func zeroChecksum(p, as packet.Packet) []byte {
+	as.Link, as.Payload = packet.Raw, make([]byte, max(2, len(p.Payload)))
+	b := as.Build()
+	v, ok := viewIP(b, 0, as.Src.Is4(), false)
+	if at := v.checksumAt(); ok && at >= 0 {
+		copy(as.Payload, b[at:at+2])
+	}
+	return as.Payload
 }
 
 func multicastOf(f family) netip.Addr {
@@ -73,6 +96,9 @@ func (w *world) spoil(frame []byte) []byte {
 			}
 		}
 	}
+	if b&4 != 0 { // padding of the link layer
+		frame = append(frame, slices.Repeat([]byte{0xa5}, c.below(48))...)
+	}
 	return frame
 }
 
@@ -87,6 +113,10 @@ func (w *world) chooseView(from []wire) (wire, bool) {
 // anError chooses an ICMP error about a packet: leaving about one that arrived, or the
 // other way round. Its quote is cut anywhere.
 func (w *world) anError(about wire, leaving bool) []byte {
+	return w.spoil(w.errorAbout(about, leaving).Build())
+}
+
+func (w *world) errorAbout(about wire, leaving bool) packet.Packet {
 	c := w.c
 	f := families[0]
 	if !about.is4 {
@@ -98,19 +128,26 @@ func (w *world) anError(about wire, leaving bool) []byte {
 	}
 	e := packet.Packet{Link: w.link, Src: f.router, Dst: about.src, Proto: f.icmp, Payload: slices.Clone(quote), Rest: uint32(c.byte())}
 	if leaving {
-		e.Src = []netip.Addr{about.dst, f.gateway, f.node, f.pod2}[c.below(4)]
+		at := c.below(5)
+		e.Src = []netip.Addr{about.dst, f.gateway, f.node, f.pod2, about.dst}[at]
+		if at == 4 {
+			e.Dst = f.other // who has nothing to do with it
+		}
 	}
 	types := f.icmpErrors()
+	if about.is4 {
+		types = append(types, [2]uint8{5, 1}) // a redirect
+	}
 	kind := types[c.below(len(types))]
 	e.Type, e.Code = kind[0], kind[1]
-	return w.spoil(e.Build())
+	return e
 }
 
 // step lets something happen.
 func (w *world) step() {
 	w.t.Helper()
 	c := w.c
-	switch c.below(10) {
+	switch c.below(13) {
 	case 0, 1: // a packet leaves
 		if out, ok := w.egress(w.spoil(w.packet().Build())); ok && c.below(2) == 1 {
 			w.back(out)
@@ -147,11 +184,18 @@ func (w *world) step() {
 	case 8: // fragments leave, in an order of the fuzzer's
 		w.fragments(w.egressOnly)
 	case 9: // fragments arrive
-		w.fragments(func(b []byte) { w.ingress(b) })
+		w.fragments(w.ingressOnly)
+	case 10: // the answer to what leaves arrives in fragments
+		w.fragmentedAnswer()
+	case 11: // or an error about it, or about its answer
+		w.fragmentedErrors()
+	case 12: // time passes
+		w.grow()
 	}
 }
 
-func (w *world) egressOnly(frame []byte) { w.egress(frame) }
+func (w *world) egressOnly(frame []byte)  { w.egress(frame) }
+func (w *world) ingressOnly(frame []byte) { w.ingress(frame) }
 
 func (w *world) fragments(run func([]byte)) {
 	c := w.c
@@ -159,11 +203,47 @@ func (w *world) fragments(run func([]byte)) {
 	if c.below(2) == 1 {
 		p = p.Reply()
 	}
+	w.inPieces(p, run)
+}
+
+// inPieces runs some of the fragments of p, in an order of the fuzzer's.
+func (w *world) inPieces(p packet.Packet, run func([]byte)) {
+	c := w.c
 	p.Payload = append(p.Payload, make([]byte, 64)...)
 	p.Extensions = slices.DeleteFunc(slices.Clone(p.Extensions), func(x packet.Extension) bool { return x.Proto == packet.Fragment })
-	pieces := p.Fragments(8 * (1 + c.below(6)))
+	pieces := p.Fragments(8 * (1 + c.below(12)))
 	for range 4 {
-		run(w.spoil(pieces[c.below(len(pieces))]))
+		run(w.spoil(slices.Clone(pieces[c.below(len(pieces))])))
+	}
+}
+
+// fragmentedAnswer lets a packet leave and its answer come back in pieces.
+func (w *world) fragmentedAnswer() {
+	p := w.packet()
+	w.egress(p.Build())
+	if len(w.seen) == 0 {
+		return
+	}
+	if external, ok := w.forward[w.seen[len(w.seen)-1].leaving()]; ok {
+		w.inPieces(p.From(external.Addr(), external.Port()).Reply(), w.ingressOnly)
+	}
+}
+
+// fragmentedErrors lets a packet leave, and errors about it and its answer pass in pieces.
+func (w *world) fragmentedErrors() {
+	out, ok := w.egress(w.packet().Build())
+	if !ok {
+		return
+	}
+	inner := w.seen[len(w.seen)-1]
+	e := w.errorAbout(out, false)
+	e.ID = uint32(w.c.below(3))
+	w.inPieces(e, w.ingressOnly)
+	if a, ok := answer(inner); ok {
+		q, _ := viewIP(a, out.l3, out.is4, false)
+		e := w.errorAbout(q, true)
+		e.ID = uint32(w.c.below(3))
+		w.inPieces(e, w.egressOnly)
 	}
 }
 
@@ -196,6 +276,12 @@ func FuzzEgress(f *testing.F) {
 		for i, k := range fam.kindsOnLinks() {
 			s := setups(k.p.Link)
 			f.Add(s[i%len(s)], k.p.Build())
+			if k.p.Port() != 0 {
+				f.Add(s[(i+1)%len(s)], k.p.From(fam.pod, changedPort).Build())
+			}
+		}
+		for _, p := range fam.zeroChecksums() {
+			f.Add([]byte{0x40, byte(packet.Ethernet)}, p.Build()) // a pool of one port
 		}
 		for _, k := range fam.large() {
 			for _, piece := range k.p.Fragments(fragmentSize)[:2] {
@@ -241,6 +327,10 @@ func FuzzICMPError(f *testing.F) {
 			}
 		}
 	}
+	for _, seed := range errorSeeds() {
+		f.Add([]byte{0, byte(packet.Ethernet)}, seed)
+		f.Add([]byte{0x40, byte(packet.Ethernet)}, seed) // a pool of one port
+	}
 	fuzz(f, func(w *world, frame []byte) {
 		w.c.b = frame
 		w.errors()
@@ -268,6 +358,9 @@ func FuzzSequence(f *testing.F) {
 			one := []byte{0, byte(i<<1 | fam), 0, 0, 0, 0, 0, 0, 0, 1}
 			f.Add([]byte{byte(i << 6), byte(i)}, slices.Concat(one, []byte{5, 0, 0, 6, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 8}, one[1:], []byte{9}, one[1:]))
 		}
+	}
+	for _, seed := range sequences() {
+		f.Add([]byte{0, byte(packet.Ethernet)}, seed)
 	}
 	// Many flows of one pod: the pool and the tables come to an end.
 	for _, setup := range [][]byte{{0, 0}, {0x40, 0}, {0x81, 1}} {

@@ -19,9 +19,10 @@ type wire struct {
 	end      int // of the packet, by its IP header and by what there is
 	src, dst netip.Addr
 	proto    uint8
-	later    bool // a fragment, but not the first
-	first    bool // a first fragment
-	hidden   bool // the transport header can't be found or is not whole
+	later    bool   // a fragment, but not the first
+	first    bool   // a first fragment
+	id       uint32 // of the datagram, if this is a fragment
+	hidden   bool   // the transport header can't be found or is not whole
 }
 
 // viewFrame reads a frame; ok is false if it has no readable IP header.
@@ -82,6 +83,7 @@ func viewIP(frame []byte, l3 int, is4, quoted bool) (wire, bool) {
 		v.src, v.dst = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
 		v.proto, v.l4 = b[9], l3+int(b[0]&15)*4
 		v.end = l3 + int(binary.BigEndian.Uint16(b[2:]))
+		v.id = uint32(binary.BigEndian.Uint16(b[4:]))
 		field := binary.BigEndian.Uint16(b[6:])
 		v.later, v.first = field&0x1fff != 0, field&0x3fff == 0x2000
 	} else {
@@ -131,6 +133,7 @@ func (v *wire) walk() {
 			size = (int(h[1]) + 2) * 4
 		case packet.Fragment:
 			size = 8
+			v.id = binary.BigEndian.Uint32(h[4:])
 			field := binary.BigEndian.Uint16(h[2:])
 			v.later, v.first = v.later || field&^7 != 0, v.first || field&^7 == 0 && field&1 != 0
 		}
@@ -166,6 +169,14 @@ func (v wire) echo() (query, answer bool) {
 // error tells whether v is an ICMP error.
 func (v wire) error() bool {
 	return !v.hidden && !v.later && isICMPError(packet.Packet{Proto: v.proto, Src: v.src, Type: v.frame[min(v.l4, len(v.frame)-1)]})
+}
+
+// redirect tells whether v is an ICMP redirect, which names a next hop.
+func (v wire) redirect() bool { return v.error() && v.is4 && v.icmpType() == 5 }
+
+// intact tells whether the IP header has a true checksum (RFC 5508 REQ-3).
+func (v wire) intact() bool {
+	return !v.is4 || v.l4 <= len(v.frame) && packet.Sum(0, v.frame[v.l3:v.l4]) == 0xffff
 }
 
 // quote reads the packet that an ICMP error is about.

@@ -100,6 +100,8 @@ type world struct {
 	noted   bool                      // a fragmented datagram may have been
 	refused bool                      // a pod's flow was, and that is remembered
 	held    bool                      // a later fragment is
+	notes   map[noteOf]noteFor        // on fragmented datagrams
+	clocks  *clocks                   // nil: nothing was aged
 	sent    []wire                    // what left translated
 	seen    []wire                    // what went into the programs
 }
@@ -120,6 +122,7 @@ func (w *worlds) begin(t testing.TB, c *choices) *world {
 	run := &world{
 		rig: r, worlds: w, t: t, c: c, choice: choice, policy: w.inForce(r, choice), dev: "eth0", link: packet.Link(b & 3),
 		forward: make(map[flowOf]netip.AddrPort), reverse: make(map[flowOf]netip.AddrPort), inbound: make(map[flowOf]bool),
+		notes: make(map[noteOf]noteFor),
 	}
 	if b>>2&7 == 7 {
 		run.dev = "eth1"
@@ -166,6 +169,9 @@ func (w *worlds) inForce(r *rig, choice worldChoice) *policy.Policy {
 
 // end forgets the flows of the execution.
 func (w *world) end() {
+	if w.clocks != nil && !w.t.Failed() {
+		w.checkClocks()
+	}
 	o := &w.rig.d.objs
 	for _, t := range w.rig.d.sweeper.tables {
 		w.wipe(t.forward)
@@ -205,10 +211,12 @@ func (w *world) egress(frame []byte) (out wire, ok bool) {
 	if refused(frame) {
 		return wire{}, false
 	}
-	res := w.run(egress, w.dev, w.link, frame)
 	v, ok := viewFrame(w.link, frame)
+	reopens := ok && w.reopens(v)
+	res := w.run(egress, w.dev, w.link, frame)
 	if ok {
 		w.note(v)
+		w.fragment(egress, v, res)
 		w.nodeFirst(v)
 	}
 	switch {
@@ -222,6 +230,9 @@ func (w *world) egress(frame []byte) (out wire, ok bool) {
 		w.failf(egress, frame, res, "an unreadable packet was translated")
 	default:
 		w.egressTranslated(res, v)
+		if reopens {
+			w.reopened(v, res)
+		}
 		return viewIP(res.data, v.l3, v.is4, false)
 	}
 	return wire{}, false
@@ -346,7 +357,11 @@ func (w *world) egressPassed(frame []byte, res result, v wire, ok bool) {
 		if d.Outcome.Verdict() == policy.Pass && d.Outcome != policy.PassDevice && d.Outcome != policy.PassProtocol {
 			break
 		}
+		if q, ok := v.quote(); v.error() && ok && v.dst != q.src {
+			w.failf(egress, frame, res, "an error for %s about a packet of %s", v.dst, q.src)
+		}
 		if w.inbound[f] && !v.decidable(0).Opening() || v.later && len(w.inbound) > 0 {
+			w.clocks.answers(v)
 			return
 		}
 	case policy.PassProtocol:
@@ -356,6 +371,9 @@ func (w *world) egressPassed(frame []byte, res result, v wire, ok bool) {
 	case policy.PassTranslated:
 		// The node's own socket is a mapping's, or it answers a mapped flow.
 		_, answered := w.forward[v.arriving()]
+		if q, ok := v.quote(); v.error() && ok && v.dst == q.src {
+			_, answered = w.forward[q.leaving()] // or is an error about one, for the inner host
+		}
 		if w.isHost(v.src) || answered {
 			return
 		}
@@ -376,7 +394,7 @@ func (w *world) egressTranslated(res result, v wire) {
 	parts := []rewritten{{wire: v, side: sideSource, addrOnly: v.later || v.error(), limit: len(v.frame)}}
 	if v.error() {
 		q, ok := v.quote()
-		if !ok || q.hidden || q.later {
+		if !ok || q.hidden || q.later || !q.intact() {
 			w.failf(egress, v.frame, res, "the quote names no flow")
 		}
 		parts = append(parts, rewritten{wire: q, side: sideDestination, limit: v.end})
@@ -402,10 +420,13 @@ func (w *world) egressTranslated(res result, v wire) {
 		}
 		w.forward[v.leaving()], w.reverse[rev] = now, v.leaving().local
 		w.sent = append(w.sent, out)
+		w.clocks.touch(forwardClock, v.leaving(), v)
+		w.clocks.touch(reverseClock, rev, v)
 	case policy.MasqKnown:
 		if !isKnown || known != now {
 			w.failf(egress, v.frame, res, "want %s", known)
 		}
+		w.clocks.touch(forwardClock, v.leaving(), v)
 		w.sent = append(w.sent, out)
 	case policy.MasqHost:
 		if !w.isHost(v.src) || out.src != v.src {
@@ -428,8 +449,8 @@ func (w *world) egressError(res result, v, out wire) {
 	w.t.Helper()
 	q, _ := v.quote()
 	now, ok := out.quote()
-	if !ok || !v.error() {
-		w.failf(egress, v.frame, res, "not an error")
+	if !ok || !v.error() || v.redirect() && !w.isHost(v.src) {
+		w.failf(egress, v.frame, res, "not an error that a pod may send")
 	}
 	want, known := w.forward[q.arriving()]
 	if got := now.arriving().local; (!known || got != want) && (w.host == 0 || !w.isHost(q.dst)) {
@@ -440,7 +461,8 @@ func (w *world) egressError(res result, v, out wire) {
 	}
 }
 
-// ingress lets a frame arrive, and tells whether it was translated. Nothing is ever dropped there.
+// ingress lets a frame arrive, and tells whether it was translated. Nothing is ever dropped there but a
+// fragment of SCTP.
 func (w *world) ingress(frame []byte) bool {
 	w.t.Helper()
 	if refused(frame) {
@@ -457,8 +479,15 @@ func (w *world) ingress(frame []byte) bool {
 	res := w.run(ingress, w.dev, w.link, frame)
 	if ok {
 		w.note(v)
+		w.fragment(ingress, v, res)
 	}
 	switch {
+	case res.outcome == policy.DropFragment && v.first && v.proto == packet.SCTP:
+		// Its CRC can't be corrected for another port (decision 13).
+		if _, known := w.reverse[v.arriving()]; !known && w.host == 0 {
+			w.failf(ingress, frame, res, "dropped, and of no mapping")
+		}
+	case res.outcome == policy.DropFragment && v.later && w.notes[noteKey(ingress, v)].outcome == res.outcome:
 	case res.outcome.Verdict() == policy.Drop, res.outcome.Verdict() == policy.Hold && !v.later:
 		w.failf(ingress, frame, res, "dropped")
 	case res.outcome.Verdict() == policy.Masquerade && !ok:
@@ -482,6 +511,7 @@ func (w *world) ingressPassed(res result, v wire) {
 	}
 	if res.outcome == policy.PassInbound {
 		w.inbound[v.arriving()] = true
+		w.clocks.touch(inboundClock, v.arriving(), v)
 	}
 }
 
@@ -494,8 +524,8 @@ func (w *world) ingressTranslated(res result, v wire) {
 	parts := []rewritten{{wire: v, side: sideDestination, addrOnly: v.later || v.error(), limit: len(v.frame)}}
 	if v.error() {
 		q, ok := v.quote()
-		if !ok || q.hidden || q.later {
-			w.failf(ingress, v.frame, res, "the quote names no flow")
+		if !ok || q.hidden || q.later || !q.intact() || v.redirect() {
+			w.failf(ingress, v.frame, res, "it names no flow")
 		}
 		parts = append(parts, rewritten{wire: q, side: sideSource, limit: v.end})
 	}
@@ -508,6 +538,7 @@ func (w *world) ingressTranslated(res result, v wire) {
 		if got := out.arriving().local; !known || got != inner {
 			w.failf(ingress, v.frame, res, "to %s, want %s", got, inner)
 		}
+		w.clocks.touch(reverseClock, v.arriving(), v)
 	case policy.MasqHost:
 		if w.host == 0 || !w.isHost(out.dst) {
 			w.failf(ingress, v.frame, res, "not for the node")

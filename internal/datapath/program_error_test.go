@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"testing"
@@ -18,8 +19,8 @@ func (f family) icmpErrors() [][2]uint8 {
 		codes = map[uint8]uint8{1: 9, 2: 1, 3: 2, 4: 11, 5: 1, 100: 1, 127: 1}
 	}
 	var all [][2]uint8
-	for typ, n := range codes {
-		for code := range n {
+	for _, typ := range slices.Sorted(maps.Keys(codes)) {
+		for code := range codes[typ] {
 			all = append(all, [2]uint8{typ, code})
 		}
 	}
