@@ -94,7 +94,9 @@ func sequences() (all [][]byte) {
 					return slices.Concat([]byte{8}, p.bytes(), []byte{0}, stepPieces(order...))
 				}
 				add(leave(p, 0, 1, 1, 0), leave(other, 1, 1, 0, 1), leave(third, 1, 1, 0, 1))
-				// The answer in fragments, which leave too and have no note there.
+				// The first one arrives, which says nothing about those that leave.
+				add(slices.Concat([]byte{9}, p.bytes(), []byte{0}, stepPieces(0, 0, 0, 0)), leave(p, 1, 1, 1, 1))
+				// The answer in fragments, and that of another ID.
 				arrive := slices.Concat([]byte{10}, p.bytes(), stepPieces(0, 1, 1, 0))
 				again := slices.Concat([]byte{10}, other.bytes(), stepPieces(1, 1, 0, 1))
 				add(arrive, again)
