@@ -111,7 +111,7 @@ func (w *world) errorAbout(about wire, leaving bool) packet.Packet {
 		at := c.below(5)
 		e.Src = []netip.Addr{about.dst, f.gateway, f.node, f.pod2, about.dst}[at]
 		if at == 4 {
-			e.Dst = f.other // who has nothing to do with it
+			e.Dst = f.router // who has nothing to do with it
 		}
 	}
 	types := f.icmpErrors()

@@ -44,8 +44,9 @@ func (p pick) bytes() []byte {
 	return append(b, p.id)
 }
 
-// Steps of a sequence.
+// Steps of a sequence. What leaves translated is answered.
 func stepLeaves(p pick) []byte  { return slices.Concat([]byte{0}, p.bytes(), []byte{0, 1}) }
+func stepPasses(p pick) []byte  { return slices.Concat([]byte{0}, p.bytes(), []byte{0}) }
 func stepArrives(p pick) []byte { return slices.Concat([]byte{2}, p.bytes(), []byte{0}) }
 func stepAnswers(p pick) []byte { return slices.Concat([]byte{3}, p.bytes(), []byte{0}) }
 func stepAges() []byte          { return []byte{12} }
@@ -70,20 +71,24 @@ func sequences() (all [][]byte) {
 		add(stepLeaves(one(syn)), stepAges(), stepLeaves(rst), stepAges(), stepLeaves(rst))
 		add(stepLeaves(one(udp)), stepAges(), stepLeaves(one(udp)), stepAges())
 		// Errors keep no mapping: one about what left, two about its answer.
-		errors := []byte{6, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-		add(stepLeaves(one(udp)), stepAges(), errors)
+		add(stepLeaves(one(udp)), stepAges(), []byte{6, 0, 0, 0, 0, 0})
+		add(stepLeaves(one(udp)), stepAges(), []byte{7, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
 		// The same ports of two protocols.
 		same := []byte{pickKept, pick53, pickKept}
 		add(stepLeaves(pick{fam: fam, kind: udp, ports: same}), stepLeaves(pick{fam: fam, kind: syn, ports: same}))
 		// Opened from outside, then by the pod with the same ports; answered, and kept by answers.
 		outside := pick{fam: fam, kind: syn, ports: []byte{pick443, pickKept, pickKept}}
 		add(stepArrives(outside), stepLeaves(one(syn)))
-		add(stepArrives(outside), stepLeaves(one(ack)), stepAges(), stepLeaves(one(ack)))
-		add(stepAnswers(one(udp)), stepAges(), stepLeaves(one(udp)))
+		data := outside
+		data.kind = ack
+		add(stepArrives(outside), stepPasses(one(ack)), stepArrives(data), stepAges(), stepPasses(one(ack)))
+		add(stepAnswers(one(udp)), stepAges(), stepPasses(one(udp)))
 		// An error about it, for somebody else; the first three are for the one who sent it.
 		for _, to := range []byte{0, 4} {
-			add(stepAnswers(one(udp)), []byte{7, 0, 0, 0, 0, 0, 0, 0, 0, 0, to, 0, 0})
+			add(stepAnswers(one(udp)), []byte{7, 0, 0, 0, 0, 0, 0, 0, 0, to, 0, 0})
 		}
+		// A first fragment that has the ports, and not all of the header.
+		add(slices.Concat([]byte{8}, one(syn).bytes(), []byte{0, 1, 0, 0, 0, 0, 0, 0, 0, 0}))
 		for _, kind := range []int{syn, udp, 6, 7, 8} {
 			for _, port := range []byte{pickKept, pickChanged} {
 				p := pick{fam: fam, kind: kind, ports: []byte{port, pick53, port}, payload: 2}
