@@ -24,8 +24,9 @@ func (ns *NS) Run(ctx context.Context, name string, args ...string) (string, err
 	var out bytes.Buffer
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
-	// A grandchild that survives a cancellation must not hold the pipe open.
-	cmd.WaitDelay = time.Second
+	// A grandchild that survives a cancellation must not hold the pipe open; one that
+	// ends a little later than its parent, as mtr's does, is no error.
+	cmd.WaitDelay = 5 * time.Second
 	err := ns.Start(cmd)
 	if err == nil {
 		err = cmd.Wait()
