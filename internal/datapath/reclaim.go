@@ -22,15 +22,24 @@ type reclaimTiming struct {
 	period time.Duration
 }
 
-// probeWorkqueues looks for the functions that programs call: helpers they are not.
+// probeWorkqueues looks for the functions that programs call: helpers they are not, and
+// no promise of the kernel either. 7.2 has another type of bpf_wq_set_callback_impl, with
+// which the program does not load.
 func probeWorkqueues() (bool, error) {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
 		return false, nil // a kernel without BTF offers no such functions
 	}
+	spec, err := loadMasq()
+	if err != nil {
+		return false, err
+	}
 	for _, name := range []string{"bpf_wq_init", "bpf_wq_set_callback_impl", "bpf_wq_start"} {
-		var f *btf.Func
-		if kernel.TypeByName(name, &f) != nil {
+		var ours, theirs *btf.Func
+		if err := spec.Types.TypeByName(name, &ours); err != nil {
+			return false, err
+		}
+		if kernel.TypeByName(name, &theirs) != nil || btf.CheckTypeCompatibility(ours.Type, theirs.Type) != nil {
 			return false, nil
 		}
 	}

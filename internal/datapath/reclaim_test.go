@@ -30,6 +30,11 @@ func TestReclaim(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			labtest.Kernel(t, c.need)
+			if have, err := Probe(); err != nil {
+				t.Fatal(err)
+			} else if c.by == reclaimByWork && !have.Has(Workqueues) {
+				t.Skipf("%s: its workqueues are declared otherwise than ours; the agent takes the timer", labtest.NewKernel)
+			}
 			reclaimStory(t, c.without, c.by)
 		})
 	}

@@ -19,6 +19,8 @@ const (
 	NoTool Reason = "tool missing"
 	// OldKernel: the running kernel is older than a Feature.
 	OldKernel Reason = "kernel too old"
+	// NewKernel: the running kernel has it no longer.
+	NewKernel Reason = "kernel too new"
 )
 
 // Feature is something that a kernel release brought.
