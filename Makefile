@@ -41,7 +41,7 @@ generate: ## the BPF objects, with the pinned clang
 ci-generated: generate ## proves that the committed objects are what the sources give
 	git diff --exit-code -- internal/datapath docs
 
-kernels: ## program and lab suites, the demo and some of e2e on 5.10, 6.1, 6.12 and the newest kernel in QEMU (root, 40 minutes)
+kernels: ## program and lab suites, the demo and some of e2e on 5.10, 6.1, 6.12 and the newest kernel in QEMU (root, up to 50 minutes)
 	@tools/need kernels
 	test/kernels/run
 

@@ -11,6 +11,7 @@
 package labtest
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"strconv"
@@ -26,6 +27,11 @@ const SeedEnv = "BAUTA_TEST_SEED"
 // PatienceEnv names the environment variable with the factor of all time-outs, for
 // machines that are slow by nature, such as an emulated one.
 const PatienceEnv = "BAUTA_TEST_PATIENCE"
+
+// ThinEnv names the environment variable that thins out the largest tables of cases, for
+// emulated machines: "4:1" is every fourth case beginning with number 1. Runs with 4:0 to
+// 4:3 together are all cases. Without it, as everywhere else, each run has all.
+const ThinEnv = "BAUTA_TEST_THIN"
 
 // NewNode builds the standard topology for a test and removes it afterwards.
 func NewNode(t testing.TB, opts lab.Options) *lab.Topology {
@@ -128,4 +134,24 @@ func Rand(t testing.TB) *rand.Rand {
 	}
 	t.Logf("replay with %s=%d", SeedEnv, seed)
 	return rand.New(rand.NewPCG(seed, 0))
+}
+
+// Thin returns the cases that this run is for: all of them, but for ThinEnv. What it
+// leaves out is in the log of the test.
+func Thin[T any](t testing.TB, what string, cases []T) []T {
+	t.Helper()
+	setting := os.Getenv(ThinEnv)
+	if setting == "" {
+		return cases
+	}
+	var stride, first int
+	if n, err := fmt.Sscanf(setting, "%d:%d", &stride, &first); n != 2 || err != nil || first < 0 || first >= stride {
+		t.Fatalf("%s: %q is not STRIDE:FIRST, as 4:1", ThinEnv, setting)
+	}
+	var some []T
+	for i := first; i < len(cases); i += stride {
+		some = append(some, cases[i])
+	}
+	t.Logf("thinned: %d of %d %s, every %dth from number %d", len(some), len(cases), what, stride, first)
+	return some
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -89,5 +90,33 @@ func TestMissingSkipsOrFails(t *testing.T) {
 	}
 	if s = watch(t, func(t testing.TB) { Kernel(t, Feature{"fork", 1, 0}) }); s.skipped != "" {
 		t.Errorf("kernel: skipped %q", s.skipped)
+	}
+}
+
+// Runs with each first number together have all cases, and each says what it left out.
+func TestThin(t *testing.T) {
+	cases := []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}
+	t.Setenv(ThinEnv, "")
+	if got := Thin(t, "numbers", cases); !slices.Equal(got, cases) {
+		t.Errorf("without %s: %v", ThinEnv, got)
+	}
+	var all []int
+	for _, setting := range []string{"4:0", "4:1", "4:2", "4:3"} {
+		t.Setenv(ThinEnv, setting)
+		var some []int
+		s := watch(t, func(t testing.TB) { some = Thin(t, "numbers", cases) })
+		if want := fmt.Sprintf("%d of 10 numbers", len(some)); len(some) > 3 || !strings.Contains(s.log, want) {
+			t.Errorf("%s: %v, log %q", setting, some, s.log)
+		}
+		all = append(all, some...)
+	}
+	if slices.Sort(all); !slices.Equal(all, cases) {
+		t.Errorf("together %v", all)
+	}
+	for _, wrong := range []string{"4", "4:4", "0:0", "4:-1", "x"} {
+		t.Setenv(ThinEnv, wrong)
+		if s := watch(t, func(t testing.TB) { Thin(t, "numbers", cases) }); s.failed == "" {
+			t.Errorf("%q was taken", wrong)
+		}
 	}
 }

@@ -1,19 +1,22 @@
 // Command init is process 1 of a test VM: it loads the kernel modules of the
 // archive, runs the test suites that /suites lists, says on the console how each
-// ended and powers off. A line of /suites is the name of a suite, the directory to
-// run it in, and a command:
+// ended and powers off. A line of /suites is the name of a suite, the seconds it may
+// take, the directory to run it in, and a command:
 //
-//	lab internal/lab lab.test -test.v
+//	lab 120 internal/lab lab.test -test.v
 //
+// A suite that fails or takes too long does not keep the next from running.
 // On the console "SUITE lab" comes before its output, and "DONE lab PASS 12" (seconds)
 // or "DONE lab FAIL 12 exit status 1" behind it. "RESULT PASS" or "RESULT FAIL" is the end.
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -60,12 +63,16 @@ func run() (result string, err error) {
 	result = "PASS"
 	for line := range strings.Lines(string(suites)) {
 		words := strings.Fields(line)
-		if len(words) < 3 {
+		if len(words) < 4 {
 			continue
+		}
+		seconds, err := strconv.Atoi(words[1])
+		if err != nil {
+			return "", fmt.Errorf("suite %s: %w", words[0], err)
 		}
 		fmt.Printf("\nSUITE %s\n", words[0])
 		start, how := time.Now(), "PASS"
-		err := suite(words[1], words[2], words[3:])
+		err = suite(time.Duration(seconds)*time.Second, words[2], words[3], words[4:])
 		if err != nil {
 			how, result = "FAIL", "FAIL"
 		}
@@ -78,15 +85,25 @@ func run() (result string, err error) {
 	return result, nil
 }
 
-func suite(dir, program string, args []string) error {
-	cmd := exec.Command("/bin/"+program, args...)
+func suite(limit time.Duration, dir, program string, args []string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/bin/"+program, args...)
 	cmd.Dir = filepath.Join("/src", dir)
 	if err := os.MkdirAll(cmd.Dir, 0o755); err != nil {
 		return err
 	}
 	cmd.Env = []string{"PATH=/bin", "HOME=/tmp", "CI=true", "BAUTA_E2E_PROGRAMS=/bin", "BAUTA_TEST_PATIENCE=5"}
+	// The kernel makes what it does not know of its command line the environment of process 1.
+	if thin := os.Getenv("BAUTA_TEST_THIN"); thin != "" {
+		cmd.Env = append(cmd.Env, "BAUTA_TEST_THIN="+thin)
+	}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
-	return cmd.Run()
+	err := cmd.Run()
+	if ctx.Err() != nil {
+		return fmt.Errorf("not ended after %s", limit)
+	}
+	return err
 }
 
 func load(path string) error {
