@@ -45,7 +45,7 @@ func TestWalkDuringApply(t *testing.T) {
 		n, vanished int
 		err         error
 	}
-	stop, walks, done := make(chan struct{}), make(chan struct{}, 1), make(chan walked, 1)
+	stop, walks, done := make(chan struct{}), make(chan struct{}), make(chan walked, 1)
 	go func() {
 		var w walked
 		defer func() { done <- w }()
@@ -77,7 +77,7 @@ func TestWalkDuringApply(t *testing.T) {
 			if _, ok, err := progs.send(flow); err != nil || !ok {
 				return fmt.Errorf("round %d: not sent, %v", i, err)
 			}
-			walks <- struct{}{} // two walks begin: the second with the mapping there
+			walks <- struct{}{} // two walks begin: the first, with the mapping there, is over then
 			walks <- struct{}{}
 			k := flowKey{netip.AddrPortFrom(flow.Src, flow.SrcPort), netip.AddrPortFrom(flow.Dst, flow.DstPort), flow.Proto}
 			if e, ok := b.sweeper.tables[0].find(b.objs.Forward4, k); !ok || e.xlate.Addr() != in[i%2].Devices[0].IPv4 {
