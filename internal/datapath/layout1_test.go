@@ -197,7 +197,8 @@ func (p *layout1Plane) attach(topo *lab.Topology, in policy.Input, hook Hook) {
 func TestMigrateLayout1(t *testing.T) {
 	eachHook(t, func(t *testing.T, without []Feature, hook Hook) {
 		topo := twoUplinks(t)
-		for _, stop := range []string{"", "commit", "egress eth1", "behind eth1", "pin " + pinReap, "clean", "discard"} {
+		stops := []string{"", "commit", "egress eth1", "behind eth1", "pin " + pinReap, "clean", "discard"}
+		for _, stop := range labtest.Thin(t, "stops", stops) {
 			t.Run("stopped before "+stop, func(t *testing.T) { upgradeLayout1(t, topo, without, hook, stop) })
 		}
 	})
