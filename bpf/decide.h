@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "maps.h"
+#include "scratch.h"
 
 /* The policy generation in force. A packet asks once, so it never mixes two. */
 static __always_inline struct setting *policy_settings(__u32 *generation)

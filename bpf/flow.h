@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "maps.h"
+#include "scratch.h"
 
 enum table { FORWARD, REVERSE };
 

@@ -18,6 +18,7 @@
 #include "outcome.h"
 #include "packet.h"
 #include "maps.h"
+#include "scratch.h"
 #include "parse.h"
 #include "decide.h"
 #include "flow.h"

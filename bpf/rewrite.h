@@ -8,7 +8,7 @@
 #pragma once
 
 #include "crc32c.h"
-#include "maps.h"
+#include "scratch.h"
 #include "parse.h"
 
 /* Missing in older UAPI headers; kernel 6.16. */
