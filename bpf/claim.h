@@ -5,7 +5,7 @@
  * through the pool with a keyed start and a keyed step that has no divisor in common with the
  * pool's size, so that it visits each port once. No destination goes in, so a socket gets the
  * same external port towards everybody while it is free there (RFC 4787 REQ-1), and the same
- * again after a loss of state. Ports below 1024 are for sources below 1024 (RFC 4787 REQ-3), if
+ * again after a loss of state. Ports below 1024 are for sources below 1024 (RFC 4787 REQ-3 a), if
  * the pool has any. A pod beyond its fair share leaves the upper part of the pool to the others.
  *
  * A port of a mapping that has ended goes to nobody else for a while (RFC 6888 REQ-8): the reaper

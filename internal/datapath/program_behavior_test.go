@@ -3,6 +3,7 @@ package datapath
 import (
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"bauta.dev/bauta/internal/lab/labtest"
@@ -112,6 +113,35 @@ func testOutOfWindow(t *testing.T, r *rig) {
 			r.send(egress, p, policy.MasqKnown, p.From(f.node, out.Port()))
 			p = wild(out.Reply())
 			r.send(ingress, p, policy.MasqKnown, p.To(f.pod, changedPort))
+		}
+	})
+}
+
+// What arrives at a mapping's port from anybody but its remote, or by another
+// protocol, is the node's, and does not keep the mapping (RFC 7857 section 7).
+func testOthersDoNotRefresh(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
+	eachFamily(t, r, func(r *rig, f family) {
+		for _, k := range []kind{{"TCP", f.tcp(packet.SYN)}, {"UDP", f.udp()}, {"SCTP", f.sctp(packet.SCTPInit)}} {
+			r.clear()
+			p := k.p.From(f.pod, changedPort)
+			out := r.translate(p, policy.MasqNew, f.node)
+			r.age(forwardTable, 50)
+			r.age(reverseTable, 50)
+			before := append(r.flows(forwardTable), r.flows(reverseTable)...)
+			reply := out.Reply()
+			otherProtocol := f.tcp(packet.SYN).From(f.remote, reply.SrcPort).To(f.node, out.SrcPort)
+			if p.Proto == packet.TCP {
+				otherProtocol = f.udp().From(f.remote, reply.SrcPort).To(f.node, out.SrcPort)
+			}
+			for _, in := range []packet.Packet{reply.From(f.other, reply.SrcPort), reply.From(f.remote, reply.SrcPort+1),
+				reply.To(f.node2, out.SrcPort), reply.To(f.node, out.SrcPort+1), otherProtocol} {
+				r.expect(ingress, in, policy.PassNoMapping)
+			}
+			if after := append(r.flows(forwardTable), r.flows(reverseTable)...); len(before) != 2 || !slices.Equal(before, after) {
+				t.Errorf("%s: flows changed:\n was %v\n is  %v", k.name, before, after)
+			}
+			r.send(ingress, reply, policy.MasqKnown, p.Reply())
 		}
 	})
 }

@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"encoding/binary"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -225,6 +226,79 @@ func testErrorsDoNotRefresh(t *testing.T, r *rig) {
 			}
 			if rst := after[0].bits&bitRst != 0; rst != c.rst {
 				t.Errorf("closed: %v, want %v", rst, c.rst)
+			}
+		}
+	})
+}
+
+// No checksum is judged: what is wrong on the way in is as wrong on the way out, so
+// that its receiver finds out. That is so of the error itself (not what RFC 5508
+// REQ-3 asks) and of the transport header that it quotes whole (REQ-3 c).
+func testErrorsWithBadChecksum(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
+	// spoil adds a constant to the checksum at an offset.
+	spoil := func(b []byte, at int) []byte {
+		b = slices.Clone(b)
+		sum := uint32(binary.BigEndian.Uint16(b[at:])) + 0x1234
+		binary.BigEndian.PutUint16(b[at:], uint16(sum+sum>>16))
+		return b
+	}
+	checksum := map[uint8]int{packet.TCP: 16, packet.UDP: 6, packet.UDPLite: 6, packet.ICMP: 2, packet.ICMPv6: 2}
+	eachFamily(t, r, func(r *rig, f family) {
+		for _, k := range f.kinds() {
+			if k.p.Proto == packet.SCTP || k.p.NoChecksum || checksum[k.p.Proto] == 0 {
+				continue
+			}
+			for _, port := range []uint16{keptPort, changedPort} {
+				r.clear()
+				p := k.p.From(f.pod, port)
+				out := r.translate(p, policy.MasqNew, f.node)
+				for _, v := range f.views(p, out) {
+					in, want := f.unreachable(v.about, v.src), f.unreachable(v.wantFor, v.wantSrc)
+					run := func(what string, frame, want []byte) {
+						t.Helper()
+						res := r.run(v.dir, "eth0", in.Link, frame)
+						if res.outcome != policy.MasqError || !slices.Equal(res.data, want) {
+							t.Errorf("%s, %s: %s\n want %x\n got  %x", k.name, what, res.outcome, want, res.data)
+						}
+					}
+					run("error", spoil(in.Build(), 14+in.HeaderSize()+2), spoil(want.Build(), 14+want.HeaderSize()+2))
+					at := v.about.HeaderSize() + checksum[p.Proto]
+					in.Payload, want.Payload = spoil(in.Payload, at), spoil(want.Payload, at)
+					run("quote", in.Build(), want.Build())
+				}
+			}
+		}
+	})
+}
+
+// Extensions behind the quote (RFC 4884) stay as they are, also behind one that was
+// filled up with zeros: nothing but the quoted packet is looked at (RFC 5508 REQ-3 d).
+func testErrorExtensions(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
+	// A structure of version 2 with its checksum, and an MPLS label in it (RFC 4950).
+	structure := []byte{0x20, 0, 0, 0, 0, 8, 1, 1, 0x12, 0x34, 0x51, 0x40}
+	binary.BigEndian.PutUint16(structure[2:], ^packet.Sum(0, structure))
+	eachFamily(t, r, func(r *rig, f family) {
+		for _, k := range f.opening() {
+			for _, size := range []int{4, 400} {
+				r.clear()
+				p := k.p.From(f.pod, changedPort)
+				p.Payload = make([]byte, size)
+				out := r.translate(p, policy.MasqNew, f.node)
+				for _, v := range f.views(p, out) {
+					extended := func(about packet.Packet, src netip.Addr) packet.Packet {
+						e := about.Error(src, map[string]uint8{"IPv4": 11, "IPv6": 3}[f.name], 0, -1)
+						quote := make([]byte, 128) // the length is in words of 4 bytes, in IPv6 of 8
+						copy(quote, e.Payload)
+						e.Payload, e.Rest = append(quote, structure...), map[string]uint32{"IPv4": 32 << 16, "IPv6": 16 << 24}[f.name]
+						return e
+					}
+					res := r.run(v.dir, "eth0", p.Link, extended(v.about, v.src).Build())
+					if want := extended(v.wantFor, v.wantSrc).Build(); res.outcome != policy.MasqError || !slices.Equal(res.data, want) {
+						t.Errorf("%s, %d bytes: %s\n want %x\n got  %x", k.name, size, res.outcome, want, res.data)
+					}
+				}
 			}
 		}
 	})

@@ -2,11 +2,13 @@ package e2e_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +17,7 @@ import (
 
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/lab/packet"
 )
 
 // Bulk and odd sizes arrive whole, whether checksums and segments are left to the
@@ -325,6 +328,54 @@ func TestPathMTU(t *testing.T) {
 			t.Errorf("no ICMP error was translated: %v", c)
 		}
 	})
+}
+
+// The node's uplink is narrower than the pod's device: the node tells the pod so, and
+// cuts to pieces what may be cut (RFC 4787 REQ-13).
+func TestNarrowUplink(t *testing.T) {
+	t.Parallel()
+	eachHook(t, lab.Options{}, func(t *testing.T, n *node) {
+		must(t, n.Node.SetMTU("eth0", 1300))
+		wire := n.watchWire()
+		for _, dst := range n.WorldAddr.All() {
+			srv, err := lab.ListenUDP(n.World, anyPort(dst))
+			must(t, err)
+			defer srv.Close()
+			c, err := lab.DialUDP(t.Context(), n.Pods[0], netip.AddrPort{}, srv.LocalAddr().(*net.UDPAddr).AddrPort())
+			must(t, err)
+			defer c.Close()
+			if dst.Is4() {
+				testCutByNode(t, n, c, srv)
+			}
+			learnsMTU(t, c, dst, 1300)
+		}
+		wire.check(t)
+	})
+}
+
+// testCutByNode sends a datagram without DF that is too big for the uplink.
+func testCutByNode(t *testing.T, n *node, c, srv *net.UDPConn) {
+	t.Helper()
+	capture := labtest.Capture(t, n.Node, "eth0", lab.CaptureOptions{})
+	setOption(t, c, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT)
+	payload := bytes.Repeat([]byte("0123456789"), 140)
+	_, err := c.Write(payload)
+	must(t, err)
+	buf := make([]byte, 1<<16)
+	srv.SetReadDeadline(time.Now().Add(5 * time.Second))
+	size, peer, err := srv.ReadFromUDPAddrPort(buf)
+	if err != nil || !bytes.Equal(buf[:size], payload) || peer.Addr().Unmap() != n.NodeAddr.V4 {
+		t.Errorf("%d bytes from %s, %v", size, peer, err)
+	}
+	var offsets []uint16 // in words of 8 bytes
+	for _, p := range capture.Packets() {
+		if f, ok := lab.ParseFrame(p.Data); ok && p.Outgoing && f.Proto == packet.UDP {
+			offsets = append(offsets, binary.BigEndian.Uint16(p.Data[20:])&0x1fff)
+		}
+	}
+	if !slices.Equal(offsets, []uint16{0, 1280 / 8}) {
+		t.Errorf("fragments at %v", offsets)
+	}
 }
 
 // testLearnsFromNode lets the world answer a pod with datagrams too big for the
