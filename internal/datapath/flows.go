@@ -150,7 +150,8 @@ type chunk[K, V any] struct {
 }
 
 // walkBatch is how much of a table one system call reads. Where the kernel does not
-// preempt itself, no other task has the CPU until the call returns: 0.1 to 0.2 ms.
+// preempt itself, no other task has the CPU until the call returns: 0.1 to 0.2 ms. (Longer
+// in an almost empty table: empty buckets do not count, 2^20 of them take 0.6 ms.)
 const walkBatch = 256
 
 // eachEntry visits the entries of a hash table until visit has enough.

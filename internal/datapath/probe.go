@@ -173,20 +173,30 @@ func probeAtomics() (bool, error) {
 	return ret == 7, err
 }
 
+// kernelCast is the function by which programs get at struct sk_buff.
+const kernelCast = "bpf_cast_to_kern_ctx"
+
 // probeIPSummed reads it in a program, as rewrite.h does.
 func probeIPSummed() (bool, error) {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
 		return false, nil
 	}
+	spec, err := loadMasq()
+	if err != nil {
+		return false, err
+	}
+	var ours, theirs *btf.Func
+	if err := spec.Types.TypeByName(kernelCast, &ours); err != nil {
+		return false, err
+	}
 	bit, ok := ipSummedBit(kernel)
-	var cast *btf.Func
-	if !ok || kernel.TypeByName("bpf_cast_to_kern_ctx", &cast) != nil {
+	if !ok || kernel.TypeByName(kernelCast, &theirs) != nil || btf.CheckTypeCompatibility(ours.Type, theirs.Type) != nil {
 		return false, nil
 	}
-	id, err := kernel.TypeID(cast)
+	id, err := kernel.TypeID(theirs)
 	if err != nil {
-		return false, fmt.Errorf("find bpf_cast_to_kern_ctx: %w", err)
+		return false, fmt.Errorf("find %s: %w", kernelCast, err)
 	}
 	_, err = tryRun(asm.Instructions{
 		{OpCode: asm.OpCode(asm.JumpClass).SetJumpOp(asm.Call), Src: asm.PseudoKfuncCall, Constant: int64(id)},
@@ -246,6 +256,7 @@ func (s Features) set(spec *ebpf.CollectionSpec) error {
 		}
 	}
 	if !s.Has(IPSummed) {
+		removeCalls(spec, kernelCast)
 		return nil
 	}
 	kernel, err := btf.LoadKernelSpec()
@@ -257,6 +268,18 @@ func (s Features) set(spec *ebpf.CollectionSpec) error {
 		return fmt.Errorf("set ip_summed_bit: %w", err)
 	}
 	return nil
+}
+
+// removeCalls takes the calls of a kernel function out of the programs. The kernel resolves each before
+// it removes dead code: without the function, or without a JIT compiler, it would refuse the program.
+func removeCalls(spec *ebpf.CollectionSpec, function string) {
+	for _, p := range spec.Programs {
+		for i := range p.Instructions {
+			if ins := &p.Instructions[i]; ins.IsKfuncCall() && ins.Reference() == function {
+				*ins = asm.Mov.Imm(asm.R0, 0).WithSource(ins.Source())
+			}
+		}
+	}
 }
 
 // ObjectTag names the embedded programs: the beginning of their SHA-256.

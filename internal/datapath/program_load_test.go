@@ -73,6 +73,66 @@ func loadAll(t *testing.T, set Features) {
 	}
 }
 
+// Without its feature no program but those of expiry calls a kernel function: a kernel that lacks one, or a
+// JIT compiler, refuses such a call even where it is never reached. Needs no privileges.
+func TestLowestCallsNoKernelFunction(t *testing.T) {
+	spec, err := loadMasq()
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := func() (n int) {
+		for name, p := range spec.Programs {
+			if strings.HasPrefix(name, "reclaim_") {
+				continue
+			}
+			for _, ins := range p.Instructions {
+				if ins.IsKfuncCall() {
+					n++
+				}
+			}
+		}
+		return n
+	}
+	if calls() == 0 {
+		t.Error("the programs call no kernel function, so this test shows nothing")
+	}
+	if err := Features(0).set(spec); err != nil {
+		t.Fatal(err)
+	}
+	if n := calls(); n != 0 {
+		t.Errorf("%d calls are left", n)
+	}
+}
+
+// The bit of ip_summed is found behind structures and unions without names, and only
+// where it is a field of two bits.
+func TestMemberBit(t *testing.T) {
+	u8 := &btf.Int{Size: 1}
+	field := func(name string, at, size btf.Bits) btf.Member {
+		return btf.Member{Name: name, Type: u8, Offset: at, BitfieldSize: size}
+	}
+	group := func(at btf.Bits, members ...btf.Member) btf.Member {
+		return btf.Member{Type: &btf.Union{Members: []btf.Member{{Type: &btf.Struct{Members: members}}}}, Offset: at}
+	}
+	named := btf.Member{Name: "other", Type: &btf.Struct{Members: []btf.Member{field("ip_summed", 1, 2)}}}
+	for _, c := range []struct {
+		name    string
+		members []btf.Member
+		bit     uint32
+		ok      bool
+	}{
+		{"plain", []btf.Member{field("len", 0, 0), field("ip_summed", 37, 2)}, 37, true},
+		{"nested", []btf.Member{field("len", 0, 0), group(1024, field("pkt_type", 0, 3), field("ip_summed", 5, 2))}, 1029, true},
+		{"no bit field", []btf.Member{field("ip_summed", 32, 0)}, 0, false},
+		{"of another structure", []btf.Member{named}, 0, false},
+		{"missing", []btf.Member{field("len", 0, 0)}, 0, false},
+	} {
+		if bit, ok := memberBit(c.members, "ip_summed"); ok != c.ok || ok && bit != c.bit {
+			t.Errorf("%s: %d, %v, want %d, %v", c.name, bit, ok, c.bit, c.ok)
+		}
+	}
+}
+
 // Every constant of the programs that a probe sets is in the table of features, and
 // the other way round. Needs no privileges.
 func TestKnobsMirror(t *testing.T) {

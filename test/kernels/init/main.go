@@ -12,6 +12,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -100,10 +101,21 @@ func suite(limit time.Duration, dir, program string, args []string) error {
 	}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
 	err := cmd.Run()
+	endAll()
 	if ctx.Err() != nil {
 		return fmt.Errorf("not ended after %s", limit)
 	}
 	return err
+}
+
+// endAll ends what a suite that was cut off has left running beside the next one.
+func endAll() {
+	unix.Kill(-1, unix.SIGKILL) // all but process 1
+	for {
+		if _, err := unix.Wait4(-1, nil, 0, nil); errors.Is(err, unix.ECHILD) {
+			return
+		}
+	}
 }
 
 func load(path string) error {
