@@ -26,16 +26,17 @@ type ipMasqFile struct {
 	err        error        // why the file as it is now is rejected
 }
 
-// reload reads the file. With a bad one at first start the list of an earlier
-// agent stays.
-func (f *ipMasqFile) reload(now time.Time, before earlier, log *slog.Logger) {
+// reload reads the file and tells whether it is another than at the last reading. With
+// a bad one at first start the list of an earlier agent stays.
+func (f *ipMasqFile) reload(now time.Time, before earlier, log *slog.Logger) (news bool) {
 	list, err := f.loader.Load()
 	if err == nil {
-		if f.origin != FromFile || !slices.Equal(list.Rules, f.list.Rules) {
+		news = f.origin != FromFile || f.list.State != list.State || !slices.Equal(list.Rules, f.list.Rules)
+		if news {
 			log.Info("ip-masq-agent list loaded", "path", f.loader.Path, "state", list.State, "prefixes", len(list.Rules))
 		}
 		f.list, f.origin, f.lastReload, f.err = list, FromFile, now, nil
-		return
+		return news
 	}
 	switch f.origin {
 	case FromFile:
@@ -46,15 +47,19 @@ func (f *ipMasqFile) reload(now time.Time, before earlier, log *slog.Logger) {
 			f.list, f.origin = ipmasq.List{Rules: rules, State: ipmasq.Fallback, Profile: f.loader.Profile}, FromPinned
 		}
 	}
-	logRejected(log, f.err, err, "in_force", f.origin)
+	news = logRejected(log, f.err, err, "in_force", f.origin)
 	f.err = err
+	return news
 }
 
-// logRejected logs a rejected file once, not at every reading.
-func logRejected(log *slog.Logger, before, now error, args ...any) {
-	if before == nil || before.Error() != now.Error() {
-		log.Error("config rejected", append([]any{"error", now}, args...)...)
+// logRejected logs a rejected file once, not at every reading. It tells whether this is
+// the first.
+func logRejected(log *slog.Logger, before, now error, args ...any) bool {
+	if before != nil && before.Error() == now.Error() {
+		return false
 	}
+	log.Error("config rejected", append([]any{"error", now}, args...)...)
+	return true
 }
 
 func (f *ipMasqFile) status() IPMasqStatus {
@@ -80,22 +85,25 @@ type nodesFile struct {
 	err        error
 }
 
-// reload reads the file. A missing one is an error: the option names it, and
-// forgetting the nodes would masquerade towards them.
-func (f *nodesFile) reload(now time.Time, before earlier, log *slog.Logger) {
+// reload reads the file and tells whether it is another than at the last reading. A
+// missing one is an error: the option names it, and forgetting the nodes would
+// masquerade towards them.
+func (f *nodesFile) reload(now time.Time, before earlier, log *slog.Logger) (news bool) {
 	nodes, err := readNodes(f.path)
 	if err == nil {
-		if !f.loaded || f.err != nil || !slices.Equal(nodes, f.nodes) {
+		news = !f.loaded || f.err != nil || !slices.Equal(nodes, f.nodes)
+		if news {
 			log.Info("nodes-file loaded", "path", f.path, "addresses", len(nodes))
 		}
 		f.nodes, f.loaded, f.lastReload, f.err = nodes, true, now, nil
-		return
+		return news
 	}
 	if !f.loaded {
 		f.nodes, f.loaded = before.nodes(f.path), true
 	}
-	logRejected(log, f.err, err, "addresses", len(f.nodes))
+	news = logRejected(log, f.err, err, "addresses", len(f.nodes))
 	f.err = err
+	return news
 }
 
 func (f *nodesFile) status() NodesStatus {
@@ -163,19 +171,23 @@ type optionFiles struct {
 	err     error
 }
 
-func (f *optionFiles) reload(log *slog.Logger) {
+// reload reads the files and tells whether they say something else than at the last
+// reading.
+func (f *optionFiles) reload(log *slog.Logger) (news bool) {
 	if f.sources.File == "" && f.sources.Dir == "" {
-		return // flags and environment stay as they are
+		return false // flags and environment stay as they are
 	}
 	next, err := config.Load(f.sources)
 	if err != nil {
-		logRejected(log, f.err, err)
+		news = logRejected(log, f.err, err)
 		f.err = err
-		return
+		return news
 	}
 	changed := f.running.Changed(next)
+	news = f.err != nil || !slices.Equal(changed, f.changed)
 	if len(changed) > 0 && !slices.Equal(changed, f.changed) {
 		log.Warn("restart needed", "options", changed)
 	}
 	f.changed, f.err = changed, nil
+	return news
 }

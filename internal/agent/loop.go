@@ -78,6 +78,7 @@ type loop struct {
 	reserved []config.PortRange // ip_local_reserved_ports
 	stale    stale              // what of the facts is to be read again
 	force    bool               // apply even if nothing changed
+	news     bool               // a file was another than at its last reading
 
 	wanted     wanted
 	inForce    *wanted    // nil: nothing applied by this agent
@@ -118,7 +119,7 @@ func (l *loop) run(ctx context.Context) error {
 	defer due.Stop()
 	// A file may be read while somebody writes it, and be as the watcher knew it when
 	// that looks: then there is no news of what it holds now. So it is read again
-	// when the watcher has looked (it does so within 200 ms).
+	// when the watcher has looked (it does so within 200 ms), until it is as before.
 	confirm := time.NewTimer(l.timing.confirm)
 	confirm.Stop()
 	defer confirm.Stop()
@@ -174,6 +175,10 @@ func (l *loop) run(ctx context.Context) error {
 			l.systemd.reloaded()
 		case <-due.C:
 			l.reconcile(ctx, due)
+			if l.news {
+				l.news = false
+				confirm.Reset(l.timing.confirm)
+			}
 		case <-sweep.C:
 			if !time.Now().Before(l.nextWalk) {
 				l.sweep(ctx)
@@ -295,15 +300,15 @@ func (l *loop) settle() {
 func (l *loop) read() error {
 	now := time.Now()
 	if l.stale.ipMasq && l.ipMasq != nil {
-		l.ipMasq.reload(now, l.earlier, l.log)
+		l.news = l.ipMasq.reload(now, l.earlier, l.log) || l.news
 		l.facts.nonMasq = l.ipMasq.list.Rules
 	}
 	if l.stale.nodes && l.nodes != nil {
-		l.nodes.reload(now, l.earlier, l.log)
+		l.news = l.nodes.reload(now, l.earlier, l.log) || l.news
 		l.facts.nodes = l.nodes.nodes
 	}
 	if l.stale.options {
-		l.options.reload(l.log)
+		l.news = l.options.reload(l.log) || l.news
 	}
 	l.stale.ipMasq, l.stale.nodes, l.stale.options = false, false, false
 	if l.stale.network {

@@ -444,3 +444,26 @@ func TestLoopReadsAgainWhatItReadInBetween(t *testing.T) {
 			 1.50s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0`)
 	})
 }
+
+// The same, when it was the second reading that found the file gone.
+func TestLoopReadsUntilNothingIsNew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "enable-ip-masq-agent=true")
+		write(t, b.list, goodList)
+		got := b.run(t, func() {
+			after(time.Second)
+			b.signals.ipMasq.put()
+			after(450 * time.Millisecond)
+			if err := os.Remove(b.list); err != nil {
+				t.Error(err)
+			}
+			after(100 * time.Millisecond)
+			write(t, b.list, goodList)
+			after(2 * time.Second)
+		})
+		check(t, got, `
+			 0.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0
+			 1.50s apply devices=[eth0 192.0.2.1] nonmasq=[13 prefixes] nodes=0
+			 2.00s apply devices=[eth0 192.0.2.1] nonmasq=[10.0.0.0/8] nodes=0`)
+	})
+}
