@@ -186,15 +186,12 @@ func probeIPSummed() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	var ours, theirs *btf.Func
-	if err := spec.Types.TypeByName(kernelCast, &ours); err != nil {
+	bit, ok := ipSummedBit(kernel)
+	cast, err := kernelFunction(kernel, spec, kernelCast)
+	if err != nil || cast == nil || !ok {
 		return false, err
 	}
-	bit, ok := ipSummedBit(kernel)
-	if !ok || kernel.TypeByName(kernelCast, &theirs) != nil || btf.CheckTypeCompatibility(ours.Type, theirs.Type) != nil {
-		return false, nil
-	}
-	id, err := kernel.TypeID(theirs)
+	id, err := kernel.TypeID(cast)
 	if err != nil {
 		return false, fmt.Errorf("find %s: %w", kernelCast, err)
 	}
@@ -207,6 +204,19 @@ func probeIPSummed() (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// kernelFunction finds a function that the programs call: nil if the kernel has none, or
+// one of another type, which is no promise of the kernel's.
+func kernelFunction(kernel *btf.Spec, spec *ebpf.CollectionSpec, name string) (*btf.Func, error) {
+	var ours, theirs *btf.Func
+	if err := spec.Types.TypeByName(name, &ours); err != nil {
+		return nil, fmt.Errorf("find %s in the programs: %w", name, err)
+	}
+	if kernel.TypeByName(name, &theirs) != nil || btf.CheckTypeCompatibility(ours.Type, theirs.Type) != nil {
+		return nil, nil
+	}
+	return theirs, nil
 }
 
 // ipSummedBit is where ip_summed begins in struct sk_buff, whose fields are in

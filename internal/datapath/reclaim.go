@@ -35,12 +35,9 @@ func probeWorkqueues() (bool, error) {
 		return false, err
 	}
 	for _, name := range []string{"bpf_wq_init", "bpf_wq_set_callback_impl", "bpf_wq_start"} {
-		var ours, theirs *btf.Func
-		if err := spec.Types.TypeByName(name, &ours); err != nil {
+		f, err := kernelFunction(kernel, spec, name)
+		if err != nil || f == nil {
 			return false, err
-		}
-		if kernel.TypeByName(name, &theirs) != nil || btf.CheckTypeCompatibility(ours.Type, theirs.Type) != nil {
-			return false, nil
 		}
 	}
 	return true, nil
