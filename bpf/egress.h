@@ -302,7 +302,7 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 	const struct packet *pkt = &s->packet;
 	struct flow *r;
 
-	if (pkt->unkeyed && egress_quotes_fragment(s, generation))
+	if (pass == OUT_PASS_HOST && pkt->unkeyed && egress_quotes_fragment(s, generation))
 		return OUT_DROP_FRAGMENT;
 	if (pkt->defect ||
 	    (pkt->kind != KIND_PORTS && pkt->kind != KIND_QUERY && pkt->kind != KIND_BARE))

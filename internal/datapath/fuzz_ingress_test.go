@@ -12,16 +12,9 @@ import (
 // fragment of SCTP.
 func (w *world) ingress(frame []byte) bool {
 	w.t.Helper()
+	frame, v, ok := w.unpadded(frame)
 	if refused(frame) {
 		return false
-	}
-	v, ok := viewFrame(w.link, frame)
-	if ok && v.first && v.end < len(frame) {
-		// Padding behind it is cut off if held fragments follow (hold.h): have none.
-		frame = frame[:v.end]
-		if v, ok = viewFrame(w.link, frame); refused(frame) {
-			return false
-		}
 	}
 	res := w.run(ingress, w.dev, w.link, frame)
 	if ok {
@@ -48,6 +41,17 @@ func (w *world) ingress(frame []byte) bool {
 		w.ingressPassed(res, v)
 	}
 	return false
+}
+
+// unpadded is a frame without padding behind a first fragment: that is cut off if held fragments follow
+// (hold.h), and headers may be read from it.
+func (w *world) unpadded(frame []byte) ([]byte, wire, bool) {
+	v, ok := viewFrame(w.link, frame)
+	if ok && v.first && v.end < len(frame) {
+		frame = frame[:v.end]
+		v, ok = viewFrame(w.link, frame)
+	}
+	return frame, v, ok
 }
 
 func (w *world) ingressPassed(res result, v wire) {

@@ -129,6 +129,11 @@ func (w *worlds) begin(t testing.TB, c *choices) *world {
 	if choice.quota > 0 {
 		r.wipe(r.d.objs.Pods) // what earlier executions counted
 	}
+	for _, pick := range clocked {
+		if left := run.flows(pick); len(left) > 0 {
+			t.Fatalf("an earlier execution left %+v", left)
+		}
+	}
 	return run
 }
 
@@ -212,3 +217,8 @@ func (w *world) note(v wire) {
 
 // isHost tells whether an address is the node's own.
 func (w *world) isHost(a netip.Addr) bool { return slices.Contains(w.policy.Input().HostAddrs, a) }
+
+// isPod tells whether an address is of the source ranges and not the node's own.
+func (w *world) isPod(a netip.Addr) bool {
+	return !w.isHost(a) && slices.ContainsFunc(w.policy.Input().Sources, func(r policy.Rule) bool { return r.Prefix.Contains(a) })
+}

@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
 
@@ -119,4 +120,23 @@ func testErrorFragmentsShort(t *testing.T, r *rig) {
 		e.ID = id + 1
 		r.pieces(egress, e.Link, e.Fragments(104), policy.PassInbound, policy.PassInbound)
 	})
+}
+
+// An error of the node that quotes a later fragment for a pod might show the pod's address. While IPv6 is
+// not masqueraded it passes as everything does, whoever sends it.
+func testErrorQuotesFragment(t *testing.T, r *rig) {
+	in := r.familyInput()
+	r.apply(in)
+	f := families[1]
+	p := f.udp().From(f.pod, changedPort).Reply()
+	p.Payload = make([]byte, 300)
+	e := f.unreachable(p, f.node)
+	p.Link = packet.Raw
+	e.Payload = p.Fragments(104)[1]
+	r.expect(egress, e, policy.DropFragment)
+	in.IPv6 = false
+	r.reapply(in)
+	for _, src := range []netip.Addr{f.pod, f.node, f.router} {
+		r.expect(egress, e.From(src, 0), policy.PassDisabled)
+	}
 }

@@ -47,6 +47,7 @@ func runPrograms(t *testing.T, r *rig) {
 		{"ErrorsOfOthers", testErrorsOfOthers},
 		{"ErrorFragments", testErrorFragments},
 		{"ErrorFragmentsShort", testErrorFragmentsShort},
+		{"ErrorQuotesFragment", testErrorQuotesFragment},
 		{"Fragments", testFragments},
 		{"FragmentsAlone", testFragmentsAlone},
 		{"FragmentNoteExpires", testFragmentNoteExpires},
