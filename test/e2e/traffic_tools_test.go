@@ -64,22 +64,10 @@ func testCurl(t *testing.T, n *node, curl string, dst netip.Addr) {
 
 func testIperf(t *testing.T, n *node, iperf string, dst netip.Addr) {
 	t.Helper()
-	srv := exec.Command(iperf, "-s", "-B", dst.String(), "--forceflush")
-	var log logBuffer
-	srv.Stdout, srv.Stderr = &log, &log
-	if err := startIn(n.World, srv); err != nil {
-		t.Fatal(err)
-	}
-	defer srv.Wait()
-	defer srv.Process.Kill()
-	labtest.Eventually(t, 10*time.Second, func() error {
-		if !strings.Contains(log.String(), "listening") {
-			return fmt.Errorf("iperf3 does not listen:\n%s", log.String())
-		}
-		return nil
-	})
 	for _, mode := range [][]string{{"-n", "20M"}, {"-R", "-n", "20M"}, {"-u", "-b", "50M", "-n", "2M"}} {
+		ended := iperfServer(t, n, iperf, dst)
 		out, err := n.Pods[0].Run(within(t, 30*time.Second), iperf, append([]string{"-J", "-c", dst.String()}, mode...)...)
+		ended()
 		var report struct {
 			Error string
 			End   struct {
@@ -95,6 +83,34 @@ func testIperf(t *testing.T, n *node, iperf string, dst netip.Addr) {
 			t.Errorf("iperf3 %v to %s moved nothing:\n%s", mode, dst, out)
 		}
 	}
+}
+
+// iperfServer starts a server for one test: one that serves several refuses a client while it still
+// ends the test before. ended stops it, if it has not ended by itself.
+func iperfServer(t *testing.T, n *node, iperf string, dst netip.Addr) (ended func()) {
+	t.Helper()
+	srv := exec.Command(iperf, "-s", "-1", "-B", dst.String(), "--forceflush")
+	var log logBuffer
+	srv.Stdout, srv.Stderr = &log, &log
+	if err := startIn(n.World, srv); err != nil {
+		t.Fatal(err)
+	}
+	ended = func() {
+		srv.Process.Kill()
+		srv.Wait()
+	}
+	t.Cleanup(func() {
+		if srv.ProcessState == nil {
+			ended()
+		}
+	})
+	labtest.Eventually(t, 10*time.Second, func() error {
+		if !strings.Contains(log.String(), "listening") {
+			return fmt.Errorf("iperf3 does not listen:\n%s", log.String())
+		}
+		return nil
+	})
+	return ended
 }
 
 // Each hop of the way shows itself, by each kind of probe: ICMP errors find their
