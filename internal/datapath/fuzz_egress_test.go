@@ -85,7 +85,9 @@ func (w *world) egressDropped(frame []byte, res result, v wire, ok bool) {
 			w.failf(egress, frame, res, "%d flows of %d", n, fuzzFlows)
 		}
 	}
-	if _, known := w.forward[v.leaving()]; known && !v.hidden && !v.later && !v.error() {
+	known, ok := w.forward[v.leaving()]
+	moved := v.first && v.proto == packet.SCTP && known.Port() != v.port(sideSource) // see decision 13
+	if ok && !v.hidden && !v.later && !v.error() && !(moved && res.outcome == policy.DropFragment) {
 		w.failf(egress, frame, res, "it belongs to a mapping")
 	}
 }
