@@ -86,8 +86,11 @@ func (w *world) egressDropped(frame []byte, res result, v wire, ok bool) {
 		}
 	}
 	known, ok := w.forward[v.leaving()]
-	moved := v.first && v.proto == packet.SCTP && known.Port() != v.port(sideSource) // see decision 13
-	if ok && !v.hidden && !v.later && !v.error() && !(moved && res.outcome == policy.DropFragment) {
+	switch moved := v.first && v.proto == packet.SCTP && known.Port() != v.port(sideSource); {
+	case !ok || v.hidden || v.later || v.error():
+	case moved && res.outcome == policy.DropFragment: // see decision 13
+		w.clocks.touch(forwardClock, v.leaving(), v)
+	default:
 		w.failf(egress, frame, res, "it belongs to a mapping")
 	}
 }

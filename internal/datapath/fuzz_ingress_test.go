@@ -27,6 +27,7 @@ func (w *world) ingress(frame []byte) bool {
 		if _, known := w.reverse[v.arriving()]; !known && w.host == 0 {
 			w.failf(ingress, frame, res, "dropped, and of no mapping")
 		}
+		w.clocks.touch(reverseClock, v.arriving(), v) // it is a packet of the flow
 	case res.outcome == policy.DropFragment && v.later && w.notes[noteKey(ingress, v)].outcome == res.outcome:
 	case res.outcome.Verdict() == policy.Drop, res.outcome.Verdict() == policy.Hold && !v.later:
 		w.failf(ingress, frame, res, "dropped")

@@ -171,11 +171,15 @@ func (w *worlds) inForce(r *rig, choice worldChoice) *policy.Policy {
 	return p
 }
 
-// end forgets the flows of the execution.
+// end checks what the execution left, and forgets it.
 func (w *world) end() {
+	defer w.forget() // also after a failure: the fuzzer runs the same again to make it smaller
 	if w.clocks != nil && !w.t.Failed() {
 		w.checkClocks()
 	}
+}
+
+func (w *world) forget() {
 	o := &w.rig.d.objs
 	for _, t := range w.rig.d.sweeper.tables {
 		w.wipe(t.forward)
