@@ -185,9 +185,10 @@ func (w *world) egressPassed(frame []byte, res result, v wire, ok bool) {
 	case policy.PassTranslated:
 		// The node's own socket is a mapping's, or it answers a mapped flow.
 		_, answered := w.forward[v.arriving()]
+		answered = answered || w.host > 0 && w.isHost(v.dst) // the node's own flows have entries too
 		if q, ok := v.quote(); v.error() && ok && v.dst == q.src {
-			_, answered = w.forward[q.leaving()]                 // or is an error about one, for the inner host
-			answered = answered || w.host > 0 && w.isHost(q.src) // the node's own have entries too
+			_, answered = w.forward[q.leaving()] // or is an error about one, for the inner host
+			answered = answered || w.host > 0 && w.isHost(q.src)
 		}
 		if w.isHost(v.src) || answered {
 			return
