@@ -2,7 +2,7 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOFLAGS_BUILD = -trimpath -ldflags "-s -w -X bauta.dev/bauta/internal/cli.version=$(VERSION)"
 # The packages whose tests need root and a kernel; all others are unprivileged.
-ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/... ./internal/lab/... ./internal/demo/... ./test/...
+ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/... ./internal/iptables/... ./internal/lab/... ./internal/demo/... ./test/...
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
@@ -25,7 +25,7 @@ test: check ## everything: unit, program and lab tests (root, under 10 minutes)
 check: ## what needs no privileges: vet, lint, unit tests (under 1 minute)
 	@tools/need demo
 	go vet ./...
-	go test -count=1 $$(go list ./... | grep -vE 'internal/(agent|datapath|devices|lab|demo)|/test/')
+	go test -count=1 $$(go list ./... | grep -vE 'internal/(agent|datapath|devices|iptables|lab|demo)|/test/')
 
 lint: ## gofmt, staticcheck, clang-format, shellcheck
 	@tools/need lint

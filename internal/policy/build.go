@@ -79,6 +79,7 @@ func (p *Policy) indexDestinations() {
 			mentions = append(mentions, mention{r.Prefix, flag, lineOutcome[line]})
 		}
 		p.byLine[line] = sync.OnceValue(func() index[Rule] { return ruleIndex(rules[line]) })
+		p.lists[line] = List{lineOutcome[line], rules[line]}
 	}
 	p.destinations = merge(mentions)
 }
@@ -164,6 +165,11 @@ func ComparePrefixes(a, b netip.Prefix) int {
 
 // Input returns what the policy was built from; the caller must not change it.
 func (p *Policy) Input() Input { return p.in }
+
+// Lists are the exclusions by destination, as written and in the order of the
+// contract: the first list that holds an address decides about it. For a renderer
+// that can ask one list after another; Destinations is for those that can't.
+func (p *Policy) Lists() []List { return p.lists[:] }
 
 // Sources is the longest-prefix table by source, sorted.
 func (p *Policy) Sources() []Source { return p.sources }

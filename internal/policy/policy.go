@@ -147,6 +147,7 @@ type Policy struct {
 	routeSources []RouteSource
 	srcIndex     index[int]
 	routes       index[netip.Addr]
+	lists        [lines]List
 	byLine       [lines]func() index[Rule] // made when Decide asks first: who only renders needs none
 }
 
@@ -161,6 +162,12 @@ const (
 )
 
 var lineOutcome = [lines]Outcome{PassMulticast, PassNative, PassNonMasq, PassPod, PassNode}
+
+// List is what one line excludes. Prefixes may repeat and overlap.
+type List struct {
+	Outcome Outcome
+	Rules   []Rule
+}
 
 // Listed says in which lists exactly this prefix stands.
 type Listed uint8

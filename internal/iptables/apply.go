@@ -1,0 +1,262 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"bauta.dev/bauta/internal/policy"
+)
+
+// tableNames in the order of writing: the guard stands before something can leave.
+var tableNames = []string{"mangle", "nat"}
+
+// Apply makes the kernel hold p. It writes only what is different. A family that
+// fails does not keep the other from being written.
+func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
+	if err := checkDevices(p.Input().Devices); err != nil {
+		return err
+	}
+	t.probeSets(ctx)
+	var errs []error
+	t.prefixes = 0
+	for _, f := range families {
+		rs := Render(p, f, RenderOptions{RandomFully: t.opts.RandomFully, PlainRules: t.plain})
+		t.prefixes += plainRules(rs)
+		if err := t.applyFamily(ctx, rs, wants(p, f)); err != nil {
+			errs = append(errs, familyError(f, err))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return t.cleanOther(ctx)
+}
+
+// Drain leaves no rule that translates new flows. The hooks of conntrack and NAT
+// stay for the flows that live, or for such that are about to be made.
+func (t *Tables) Drain(ctx context.Context) error {
+	var errs []error
+	for f := range t.programs {
+		if err := t.applyFamily(ctx, drained(f), true); err != nil && !errors.Is(err, errNoTable) {
+			errs = append(errs, familyError(f, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
+	f := rs.Family
+	prog, ok := t.programs[f]
+	if !ok {
+		if !on {
+			return nil
+		}
+		return hint(fmt.Errorf("%s-%s: %w", f.binary(), t.backend, ErrNoBinary), "install it, or set enable-"+strings.ToLower(f.String())+"-masquerade=false")
+	}
+	now, err := prog.state(ctx, on)
+	if err != nil {
+		return err
+	}
+	if !on {
+		if now["nat"].empty() && now["mangle"].empty() {
+			delete(t.last, f)
+			return nil
+		}
+		rs = drained(f) // the flows that live keep their translation
+	}
+	start := time.Now()
+	var sets setChange
+	if len(rs.Sets) > 0 {
+		if err := sets.change(f, rs.Sets); err != nil {
+			return errors.Join(err, sets.undo())
+		}
+	}
+	script := script(rs, now, t.last[f].listed)
+	if script != "" {
+		if err := prog.write(ctx, script); err != nil {
+			return errors.Join(err, t.rollBack(prog, now), sets.undo())
+		}
+		if now, err = prog.state(ctx, true); err != nil {
+			return err
+		}
+		t.log.Info("iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
+	}
+	t.last[f] = applied{rs, listing(rs, now)}
+	if t.plain {
+		return nil
+	}
+	_, err = discard(f, rs.Sets)
+	return err
+}
+
+// script is what turns the state into the wanted rules. listed has the kernel's
+// words for chains that it lists in others than ours.
+func script(rs Ruleset, now map[string]tableState, listed map[string]map[string][]string) string {
+	var b strings.Builder
+	order := steps(rs, now["mangle"])
+	for i, t := range order {
+		state := now[t.Name]
+		if i == 2 { // the guard again
+			state = stateOf(order[0])
+		}
+		b.WriteString(t.script(inOurWords(t, state, listed[t.Name])))
+	}
+	return b.String()
+}
+
+// steps are the tables in the order of writing. Where a device gets an address that it
+// lacked, its packets must not pass the guard before nat translates them: then the guard is
+// first written with what it dropped before, and at last without.
+func steps(rs Ruleset, mangle tableState) []Table {
+	dropped := mangle.chains[deviceChain]
+	if len(dropped) == 0 || len(rs.Tables) == 0 {
+		return rs.Tables
+	}
+	guard := rs.Tables[0]
+	first := Table{Name: guard.Name}
+	hasGuard := false
+	for _, c := range guard.Chains {
+		rules := slices.Clone(c.Rules)
+		switch c.Name {
+		case addressChain:
+			hasGuard = true
+			// Only what passed before and will pass.
+			rules = slices.DeleteFunc(rules, func(r string) bool {
+				return strings.HasSuffix(r, "-j RETURN") && !slices.Contains(mangle.chains[addressChain], r)
+			})
+		case deviceChain:
+			for _, r := range dropped {
+				if !slices.Contains(rules, r) {
+					rules = append(rules, r)
+				}
+			}
+		}
+		first.Chains = append(first.Chains, Chain{c.Name, rules})
+	}
+	if !hasGuard {
+		// No device lacks an address any more: the old guard stays as it is until nat is new.
+		return []Table{rs.Tables[1], guard}
+	}
+	if slices.EqualFunc(first.Chains, guard.Chains, func(a, b Chain) bool { return slices.Equal(a.Rules, b.Rules) }) {
+		return rs.Tables
+	}
+	return []Table{first, rs.Tables[1], guard}
+}
+
+// stateOf is the state after t was written.
+func stateOf(t Table) tableState {
+	s := tableState{chains: make(map[string][]string), first: jump, refs: []string{hookChain + " " + jump}}
+	for _, c := range t.Chains {
+		s.chains[c.Name] = c.Rules
+	}
+	return s
+}
+
+// listing keeps how the kernel lists the chains that it lists otherwise than we write them.
+// That happens with a version of iptables whose words are not those of the versions we know.
+func listing(rs Ruleset, now map[string]tableState) map[string]map[string][]string {
+	words := make(map[string]map[string][]string)
+	for _, t := range rs.Tables {
+		words[t.Name] = make(map[string][]string)
+		for _, c := range t.Chains {
+			if rules := now[t.Name].chains[c.Name]; len(rules) == len(c.Rules) && !slices.Equal(rules, c.Rules) {
+				words[t.Name][key(c)] = rules
+			}
+		}
+	}
+	return words
+}
+
+func key(c Chain) string { return c.Name + "\n" + strings.Join(c.Rules, "\n") }
+
+// inOurWords is the state with chains in our words where it is just the words that differ.
+func inOurWords(t Table, now tableState, listed map[string][]string) tableState {
+	if len(listed) == 0 {
+		return now
+	}
+	now.chains = maps.Clone(now.chains)
+	for _, c := range t.Chains {
+		if rules, ok := listed[key(c)]; ok && slices.Equal(rules, now.chains[c.Name]) {
+			now.chains[c.Name] = c.Rules
+		}
+	}
+	return now
+}
+
+// rollBack writes what was there before a change that failed half-way.
+func (t *Tables) rollBack(prog program, before map[string]tableState) error {
+	// The caller's context may be why it failed.
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Duration(t.opts.lockSeconds())*time.Second)
+	defer cancel()
+	now, err := prog.state(ctx, false)
+	if err != nil {
+		return err
+	}
+	var b strings.Builder
+	for _, name := range slices.Backward(tableNames) {
+		b.WriteString(before[name].table(name).script(now[name]))
+	}
+	if b.Len() == 0 {
+		return nil
+	}
+	if err := prog.write(ctx, b.String()); err != nil {
+		return fmt.Errorf("taking back what was written: %w", err)
+	}
+	return nil
+}
+
+// state reads the tables that concern us. With existing only those that are there:
+// asking for a table of the legacy backend makes it.
+func (p program) state(ctx context.Context, wanted bool) (map[string]tableState, error) {
+	if !wanted {
+		return p.readAll(ctx)
+	}
+	states := make(map[string]tableState)
+	for _, name := range tableNames {
+		s, err := p.read(ctx, name)
+		if err != nil {
+			return nil, fmt.Errorf("table %s: %w", name, err)
+		}
+		states[name] = s
+	}
+	return states, nil
+}
+
+// familyError keeps hints.
+func familyError(f Family, err error) error {
+	var h *Error
+	if errors.As(err, &h) {
+		return &Error{Err: fmt.Errorf("%s: %w", f, err), Hints: h.Hints}
+	}
+	return fmt.Errorf("%s: %w", f, err)
+}
+
+// cleanOther removes what an earlier run left in the other backend: it would translate too.
+func (t *Tables) cleanOther(ctx context.Context) error {
+	if t.cleaned {
+		return nil
+	}
+	for f, p := range t.others {
+		if _, err := p.remove(ctx); err != nil {
+			return familyError(f, err)
+		}
+	}
+	t.cleaned = true
+	return nil
+}
+
+func plainRules(rs Ruleset) (n int) {
+	for _, t := range rs.Tables {
+		for _, c := range t.Chains {
+			if t.Name == "nat" && c.Name == destinationChain {
+				n = len(c.Rules)
+			}
+		}
+	}
+	return n
+}

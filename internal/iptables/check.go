@@ -1,0 +1,30 @@
+package iptables
+
+import (
+	"context"
+	"fmt"
+)
+
+// Check says what in the kernel is not as the last Apply or Drain wrote it, in a line;
+// empty: all is right. Apply heals it.
+func (t *Tables) Check(ctx context.Context) (changed string, err error) {
+	for _, f := range families {
+		last, ok := t.last[f]
+		if !ok {
+			continue
+		}
+		now, err := t.programs[f].state(ctx, true)
+		if err != nil {
+			return "", familyError(f, err)
+		}
+		for _, table := range last.wanted.Tables {
+			if diff := table.difference(inOurWords(table, now[table.Name], last.listed[table.Name])); diff != "" {
+				return fmt.Sprintf("%s: %s", f, diff), nil
+			}
+		}
+		if diff, err := checkSets(last.wanted.Sets); diff != "" || err != nil {
+			return fmt.Sprintf("%s: %s", f, diff), err
+		}
+	}
+	return "", nil
+}

@@ -1,0 +1,78 @@
+// Package iptables renders a policy into netfilter rules and sets, and owns all
+// of them: it writes, compares, reads and removes, with the binaries of iptables
+// for rules and by netlink for sets.
+//
+// Render is pure: a policy gives the rules of one family, in the very words in
+// which the kernel's are listed. So whether something has to be written is a
+// comparison of texts, chain by chain, and what is right is left alone, with its
+// counters.
+//
+// Invariants:
+//
+//   - Only chains and sets whose names begin with BAUTA- and bauta- are ours, and the
+//     one jump to BAUTA-POSTROUTING, first in POSTROUTING of nat and of mangle.
+//   - An excluded packet is returned, not accepted: the rules of others, such as
+//     those of kube-proxy, still see it.
+//   - Sets change by a swap and rules by one transaction a family and table, the guard
+//     of mangle before nat: no packet meets half of a policy, and none leaves
+//     untranslated in between.
+//   - What fails half-way is taken back.
+//   - No text of a user is an argument of a program: rules go in by stdin, and names of
+//     devices are checked.
+package iptables
+
+import (
+	"errors"
+	"log/slog"
+	"time"
+)
+
+// Backend is the half of the kernel that holds the rules: they don't see each other.
+type Backend string
+
+// The backends, by the names that the binaries have.
+const (
+	NFT    Backend = "nft"
+	Legacy Backend = "legacy"
+)
+
+// other is the backend that is not in use.
+func (b Backend) other() Backend {
+	if b == NFT {
+		return Legacy
+	}
+	return NFT
+}
+
+// Options are the same for all functions of the package; the zero value is usable.
+type Options struct {
+	Backend     Backend       // zero: detect as the distributions' wrappers do
+	LockTimeout time.Duration // for the xtables lock; zero: 5 s
+	RandomFully bool          // choose external ports at random even if the source port is free
+	Log         *slog.Logger
+
+	dirs []string // where binaries are looked for; nil: PATH and the usual places
+	env  []string // added to the environment of the binaries
+}
+
+const defaultLockTimeout = 5 * time.Second
+
+var (
+	// ErrNoBinary says that the node lacks the programs of this mode.
+	ErrNoBinary = errors.New("not installed")
+	// ErrNone says that nothing of ours is in this network namespace.
+	ErrNone = errors.New("iptables: no rules of Bauta")
+	// ErrLocked says that another program holds the xtables lock: try again later.
+	ErrLocked = errors.New("xtables lock: held by another program")
+)
+
+// Error is an error with advice for users.
+type Error struct {
+	Err   error
+	Hints []string
+}
+
+func (e *Error) Error() string { return e.Err.Error() }
+func (e *Error) Unwrap() error { return e.Err }
+
+func hint(err error, hints ...string) error { return &Error{Err: err, Hints: hints} }

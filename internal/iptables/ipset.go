@@ -1,0 +1,220 @@
+package iptables
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/bits"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/policy"
+)
+
+// Sets are written by netlink: many prefixes in a message, and no binary needed.
+
+const (
+	setType    = "hash:net"
+	setMax     = 1 << 17 // entries, unless there are more
+	setBatch   = 1000    // entries in a message: a nested attribute holds 64 KiB
+	listHeader = 1 << 2  // IPSET_FLAG_LIST_HEADER
+	listNames  = 1 << 1  // IPSET_FLAG_LIST_SETNAME
+)
+
+// kernelSet is a set as the kernel lists it.
+type kernelSet struct {
+	Set
+	typ      string
+	family   uint8
+	elements int // of which a listing of the header has no prefixes
+}
+
+func (f Family) netlink() uint8 {
+	if f == IPv4 {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+func setRequest(cmd, flags int) *nl.NetlinkRequest {
+	req := nl.NewNetlinkRequest(cmd|unix.NFNL_SUBSYS_IPSET<<8, flags)
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, nl.Uint8Attr(nl.IPSET_PROTOCOL)))
+	return req
+}
+
+func named(req *nl.NetlinkRequest, name string) *nl.NetlinkRequest {
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(name)))
+	return req
+}
+
+// executeSet sends a request from the namespace of the calling thread.
+func executeSet(req *nl.NetlinkRequest) ([][]byte, error) {
+	msgs, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno >= nl.IPSET_ERR_PRIVATE {
+		err = nl.IPSetError(errno)
+	}
+	return msgs, err
+}
+
+// setsSupported tells whether the kernel has sets; a module is loaded for that.
+func setsSupported() bool {
+	_, err := executeSet(setRequest(nl.IPSET_CMD_PROTOCOL, unix.NLM_F_REQUEST|unix.NLM_F_ACK))
+	return err == nil
+}
+
+func createSet(name string, f Family, size int) error {
+	req := named(setRequest(nl.IPSET_CMD_CREATE, unix.NLM_F_REQUEST|unix.NLM_F_ACK|unix.NLM_F_CREATE|unix.NLM_F_EXCL), name)
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_TYPENAME, nl.ZeroTerminated(setType)))
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_REVISION, nl.Uint8Attr(0)))
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_FAMILY, nl.Uint8Attr(f.netlink())))
+	data := nl.NewRtAttr(nl.IPSET_ATTR_DATA|int(nl.NLA_F_NESTED), nil)
+	// As large as it will get: the kernel would double it again and again.
+	hash := uint32(max(64, 1<<bits.Len(uint(size/2))))
+	data.AddChild(&nl.Uint32Attribute{Type: nl.IPSET_ATTR_HASHSIZE | nl.NLA_F_NET_BYTEORDER, Value: hash})
+	data.AddChild(&nl.Uint32Attribute{Type: nl.IPSET_ATTR_MAXELEM | nl.NLA_F_NET_BYTEORDER, Value: uint32(max(setMax, size))})
+	req.AddData(data)
+	_, err := executeSet(req)
+	return err
+}
+
+func fillSet(name string, prefixes []netip.Prefix) error {
+	for chunk := range slices.Chunk(prefixes, setBatch) {
+		req := named(setRequest(nl.IPSET_CMD_ADD, unix.NLM_F_REQUEST|unix.NLM_F_ACK), name)
+		req.AddData(&nl.Uint32Attribute{Type: nl.IPSET_ATTR_LINENO | nl.NLA_F_NET_BYTEORDER})
+		var body []byte
+		for _, p := range chunk {
+			body = appendEntry(body, p)
+		}
+		req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_ADT|int(nl.NLA_F_NESTED), body))
+		if _, err := executeSet(req); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// appendEntry adds the attributes of an entry: {DATA {IP {address}, CIDR}}.
+func appendEntry(b []byte, p netip.Prefix) []byte {
+	addr, typ := p.Addr().AsSlice(), nl.IPSET_ATTR_IPADDR_IPV4
+	if p.Addr().Is6() {
+		typ = nl.IPSET_ATTR_IPADDR_IPV6
+	}
+	attr := func(size, typ int) {
+		b = binary.NativeEndian.AppendUint16(b, uint16(size))
+		b = binary.NativeEndian.AppendUint16(b, uint16(typ))
+	}
+	attr(20+len(addr), nl.IPSET_ATTR_DATA|int(nl.NLA_F_NESTED))
+	attr(8+len(addr), nl.IPSET_ATTR_IP|int(nl.NLA_F_NESTED))
+	attr(4+len(addr), typ|int(nl.NLA_F_NET_BYTEORDER))
+	b = append(b, addr...)
+	attr(5, nl.IPSET_ATTR_CIDR)
+	return append(b, uint8(p.Bits()), 0, 0, 0)
+}
+
+func destroySet(name string) error {
+	_, err := executeSet(named(setRequest(nl.IPSET_CMD_DESTROY, unix.NLM_F_REQUEST|unix.NLM_F_ACK), name))
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
+}
+
+func swapSets(a, b string) error {
+	req := named(setRequest(nl.IPSET_CMD_SWAP, unix.NLM_F_REQUEST|unix.NLM_F_ACK), a)
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_SETNAME2, nl.ZeroTerminated(b)))
+	_, err := executeSet(req)
+	return err
+}
+
+// readSet lists a set; ok is false if there is none of this name.
+func readSet(name string, flags uint32) (s kernelSet, ok bool, err error) {
+	req := named(setRequest(nl.IPSET_CMD_LIST, unix.NLM_F_REQUEST|unix.NLM_F_ACK|unix.NLM_F_DUMP), name)
+	if flags != 0 {
+		req.AddData(&nl.Uint32Attribute{Type: nl.IPSET_ATTR_FLAGS | nl.NLA_F_NET_BYTEORDER, Value: flags})
+	}
+	msgs, err := executeSet(req)
+	if errors.Is(err, unix.ENOENT) {
+		return s, false, nil
+	} else if err != nil {
+		return s, false, fmt.Errorf("set %s: %w", name, err)
+	}
+	s.Name = name
+	for _, msg := range msgs {
+		s.parse(msg)
+	}
+	slices.SortFunc(s.Prefixes, policy.ComparePrefixes)
+	return s, true, nil
+}
+
+func (s *kernelSet) parse(msg []byte) {
+	for attr := range nl.ParseAttributes(msg[4:]) {
+		switch attr.Type & nl.NLA_TYPE_MASK {
+		case nl.IPSET_ATTR_TYPENAME:
+			s.typ = nl.BytesToString(attr.Value)
+		case nl.IPSET_ATTR_FAMILY:
+			s.family = attr.Value[0]
+		case nl.IPSET_ATTR_DATA:
+			for a := range nl.ParseAttributes(attr.Value) {
+				if a.Type&nl.NLA_TYPE_MASK == nl.IPSET_ATTR_ELEMENTS {
+					s.elements = int(binary.BigEndian.Uint32(a.Value))
+				}
+			}
+		case nl.IPSET_ATTR_ADT:
+			for a := range nl.ParseAttributes(attr.Value) {
+				if p := parseEntry(a.Value); p.IsValid() {
+					s.Prefixes = append(s.Prefixes, p)
+				}
+			}
+		}
+	}
+}
+
+// parseEntry returns the zero Prefix for an entry that is none.
+func parseEntry(b []byte) netip.Prefix {
+	var addr netip.Addr
+	length := -1
+	for a := range nl.ParseAttributes(b) {
+		switch a.Type & nl.NLA_TYPE_MASK {
+		case nl.IPSET_ATTR_IP:
+			for inner := range nl.ParseAttributes(a.Value) {
+				addr, _ = netip.AddrFromSlice(inner.Value)
+			}
+		case nl.IPSET_ATTR_CIDR:
+			length = int(a.Value[0])
+		}
+	}
+	if length < 0 {
+		length = addr.BitLen() // full length is not listed
+	}
+	return netip.PrefixFrom(addr, length)
+}
+
+// setNames lists the sets that are ours.
+func setNames() ([]string, error) {
+	req := setRequest(nl.IPSET_CMD_LIST, unix.NLM_F_REQUEST|unix.NLM_F_ACK|unix.NLM_F_DUMP)
+	req.AddData(&nl.Uint32Attribute{Type: nl.IPSET_ATTR_FLAGS | nl.NLA_F_NET_BYTEORDER, Value: listNames})
+	msgs, err := executeSet(req)
+	if err != nil {
+		return nil, fmt.Errorf("sets: %w", err)
+	}
+	var names []string
+	for _, msg := range msgs {
+		for attr := range nl.ParseAttributes(msg[4:]) {
+			if attr.Type != nl.IPSET_ATTR_SETNAME {
+				continue
+			}
+			if name := nl.BytesToString(attr.Value); strings.HasPrefix(name, setPrefix) {
+				names = append(names, name)
+			}
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
+}

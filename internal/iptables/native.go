@@ -1,0 +1,160 @@
+package iptables
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// nftRuleset is what of `nft -j list ruleset` concerns us.
+type nftRuleset struct {
+	Nftables []struct {
+		Rule *nftRule `json:"rule"`
+	} `json:"nftables"`
+}
+
+type nftRule struct {
+	Family, Table, Chain string
+	Handle               int
+	Expr                 []map[string]json.RawMessage
+}
+
+// foreignNative looks at native nft rules. Without nft there is nobody to have made any.
+func foreignNative(ctx context.Context, o Options, sources []netip.Prefix, known []string) ([]ForeignRule, error) {
+	path := o.find("nft")
+	if path == "" {
+		return nil, nil
+	}
+	out, err := o.run(ctx, path, "", "-j", "-t", "-a", "list", "ruleset")
+	if err != nil {
+		return nil, err
+	}
+	var ruleset nftRuleset
+	if err := json.Unmarshal([]byte(out), &ruleset); err != nil {
+		return nil, fmt.Errorf("nft list ruleset: %w", err)
+	}
+	var found []ForeignRule
+	marked := make(map[string]bool)
+	for _, entry := range ruleset.Nftables {
+		r := entry.Rule
+		if r == nil || strings.HasPrefix(r.Chain, chainPrefix) {
+			continue
+		}
+		for _, f := range r.families() {
+			if r.Table == "nat" && slices.Contains(known, f.String()+" nat "+r.Chain) {
+				continue
+			}
+			id := f.String() + " " + r.Table + " " + r.Chain
+			switch {
+			case r.has("return") && r.asks("mark"):
+				marked[id] = true
+			case r.has("masquerade") || r.has("snat"):
+				if !marked[id] && !r.asks("mark") && r.sourceOverlaps(f, sources) {
+					found = append(found, ForeignRule{f.String(), r.Family + " " + r.Table, r.Chain, r.text()})
+				}
+			}
+		}
+	}
+	return found, nil
+}
+
+func (r *nftRule) families() []Family {
+	switch r.Family {
+	case "ip":
+		return []Family{IPv4}
+	case "ip6":
+		return []Family{IPv6}
+	case "inet":
+		return families
+	}
+	return nil
+}
+
+func (r *nftRule) has(statement string) bool {
+	return slices.ContainsFunc(r.Expr, func(e map[string]json.RawMessage) bool { _, ok := e[statement]; return ok })
+}
+
+// nftMatch is a comparison.
+type nftMatch struct {
+	Op    string
+	Left  json.RawMessage
+	Right json.RawMessage
+}
+
+func (r *nftRule) matches() []nftMatch {
+	var list []nftMatch
+	for _, e := range r.Expr {
+		var m nftMatch
+		if raw, ok := e["match"]; ok && json.Unmarshal(raw, &m) == nil {
+			list = append(list, m)
+		}
+	}
+	return list
+}
+
+// asks tells whether the rule looks at this part of a packet's metadata.
+func (r *nftRule) asks(meta string) bool {
+	return slices.ContainsFunc(r.matches(), func(m nftMatch) bool {
+		return strings.Contains(string(m.Left), `"key": "`+meta+`"`) || strings.Contains(string(m.Left), `"key":"`+meta+`"`)
+	})
+}
+
+// sourceOverlaps is false if the rule names sources and none of ours is among them. What
+// is no plain address or prefix, such as a named set, is taken to match.
+func (r *nftRule) sourceOverlaps(f Family, sources []netip.Prefix) bool {
+	limits, not := []netip.Prefix{{}}, false
+	for _, m := range r.matches() {
+		var left struct {
+			Payload struct{ Protocol, Field string }
+		}
+		if json.Unmarshal(m.Left, &left) != nil || left.Payload.Field != "saddr" {
+			continue
+		}
+		if (left.Payload.Protocol == "ip6") != (f == IPv6) {
+			return false
+		}
+		limits, not = nftPrefixes(m.Right), m.Op == "!="
+	}
+	return slices.ContainsFunc(limits, func(l netip.Prefix) bool { return overlaps(f, l, not, sources) })
+}
+
+// nftPrefixes reads an address, a prefix or a set of them; the zero Prefix is any.
+func nftPrefixes(raw json.RawMessage) []netip.Prefix {
+	var addr string
+	if json.Unmarshal(raw, &addr) == nil {
+		if a, err := netip.ParseAddr(addr); err == nil {
+			return []netip.Prefix{netip.PrefixFrom(a, a.BitLen())}
+		}
+		return []netip.Prefix{{}}
+	}
+	var v struct {
+		Prefix *struct {
+			Addr netip.Addr
+			Len  int
+		}
+		Set []json.RawMessage
+	}
+	if json.Unmarshal(raw, &v) != nil || v.Prefix == nil && len(v.Set) == 0 {
+		return []netip.Prefix{{}}
+	}
+	if v.Prefix != nil {
+		return []netip.Prefix{netip.PrefixFrom(v.Prefix.Addr, v.Prefix.Len)}
+	}
+	var list []netip.Prefix
+	for _, e := range v.Set {
+		list = append(list, nftPrefixes(e)...)
+	}
+	return list
+}
+
+// text is short: who wants all of it asks nft by the handle.
+func (r *nftRule) text() string {
+	what := "masquerade"
+	if r.has("snat") {
+		what = "snat"
+	}
+	return fmt.Sprintf("%s (nft handle %d)", what, r.Handle)
+}

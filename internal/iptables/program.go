@@ -1,0 +1,181 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// program is the pair of binaries for a backend and a family, by absolute paths.
+type program struct {
+	family        Family
+	backend       Backend
+	save, restore string
+	opts          Options
+}
+
+// searchPath is where binaries are, also for an agent that runs with a short PATH.
+func (o Options) searchPath() []string {
+	if o.dirs != nil {
+		return o.dirs
+	}
+	return append(filepath.SplitList(os.Getenv("PATH")), "/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin")
+}
+
+func (o Options) find(name string) string {
+	for _, dir := range o.searchPath() {
+		path := filepath.Join(dir, name)
+		if info, err := os.Stat(path); filepath.IsAbs(path) && err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			return path
+		}
+	}
+	return ""
+}
+
+// programs finds what is installed for a backend. Distributions without both have
+// the plain names only, which then belong to the backend plain.
+func (o Options) programs(b, plain Backend) map[Family]program {
+	found := make(map[Family]program)
+	for _, f := range families {
+		names := []string{f.binary() + "-" + string(b)}
+		if b == plain {
+			names = append(names, f.binary())
+		}
+		for _, name := range names {
+			p := program{f, b, o.find(name + "-save"), o.find(name + "-restore"), o}
+			if p.save != "" && p.restore != "" {
+				found[f] = p
+				break
+			}
+		}
+	}
+	return found
+}
+
+// plainBackend is what the plain `iptables` belongs to; versions before 1.8 don't say,
+// and know only one.
+func (o Options) plainBackend(ctx context.Context) Backend {
+	path := o.find("iptables")
+	if path == "" {
+		return ""
+	}
+	out, err := o.run(ctx, path, "", "--version")
+	switch {
+	case err != nil:
+		return ""
+	case strings.Contains(out, "nf_tables"):
+		return NFT
+	}
+	return Legacy
+}
+
+// run runs a binary in the network namespace of the calling thread.
+func (o Options) run(ctx context.Context, path, stdin string, args ...string) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = append(os.Environ(), o.env...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
+	cmd.WaitDelay = time.Second
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		return stdout.String(), explain(filepath.Base(path), err, stderr.String(), stdin)
+	}
+	return stdout.String(), nil
+}
+
+// read returns the state of a table, which the kernel may make for that.
+func (p program) read(ctx context.Context, table string) (tableState, error) {
+	out, err := p.opts.run(ctx, p.save, "", "-t", table)
+	if err != nil {
+		return tableState{}, err
+	}
+	if strings.Contains(out, "is incompatible, use 'nft' tool") {
+		return tableState{}, incompatible(table)
+	}
+	return parseSave(out)[table], nil
+}
+
+// readAll returns the state of all tables that exist, and makes none.
+func (p program) readAll(ctx context.Context) (map[string]tableState, error) {
+	out, err := p.opts.run(ctx, p.save, "")
+	return parseSave(out), err
+}
+
+// write runs a script of iptables-restore.
+func (p program) write(ctx context.Context, script string) error {
+	const races = 3 // another program's change in between: legacy tables are replaced whole
+	for try := 1; ; try++ {
+		_, err := p.opts.run(ctx, p.restore, script, "--noflush", "-w", strconv.Itoa(p.opts.lockSeconds()))
+		if err == nil || try == races || !strings.Contains(err.Error(), "Resource temporarily unavailable") {
+			return err
+		}
+	}
+}
+
+func (o Options) lockSeconds() int {
+	d := o.LockTimeout
+	if d <= 0 {
+		d = defaultLockTimeout
+	}
+	return max(1, int((d+time.Second-1)/time.Second))
+}
+
+var (
+	restoreLine = regexp.MustCompile(`(?i)(?:error occurred at line:|line) (\d+)`)
+	versionHead = regexp.MustCompile(`^ip6?tables(-nft|-legacy)?(-restore|-save)?( v[0-9.]+ \([a-z_]+\))?: `)
+)
+
+// explain makes one line of what a binary wrote, with the rule that it is about.
+func explain(name string, err error, stderr, script string) error {
+	var lines []string
+	for line := range strings.Lines(stderr) {
+		line = versionHead.ReplaceAllString(strings.TrimSpace(line), "")
+		if line != "" && !strings.HasPrefix(line, "Try `") && !strings.HasPrefix(line, "# Warning") {
+			lines = append(lines, line)
+		}
+	}
+	if strings.Contains(stderr, "xtables lock") {
+		return lockError(name)
+	}
+	if len(lines) == 0 {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	what := strings.TrimSuffix(lines[0], ".")
+	for _, line := range lines {
+		if m := restoreLine.FindStringSubmatch(line); m != nil {
+			n, _ := strconv.Atoi(m[1])
+			if rules := strings.Split(script, "\n"); n > 0 && n <= len(rules) {
+				what += fmt.Sprintf(" (at %q)", rules[n-1])
+				break
+			}
+		}
+	}
+	out := fmt.Errorf("%s: %s: %w", name, what, err)
+	switch {
+	case strings.Contains(stderr, "is incompatible, use 'nft' tool"):
+		return incompatible(name)
+	case strings.Contains(stderr, "Permission denied"), strings.Contains(stderr, "you must be root"):
+		return hint(out, "run it as root, with CAP_NET_ADMIN and CAP_NET_RAW")
+	case strings.Contains(stderr, "can't initialize"), strings.Contains(stderr, "Cannot initialize"), strings.Contains(stderr, "Table does not exist"):
+		return hint(fmt.Errorf("%w: %w", errNoTable, out), "the kernel lacks this table, or its module is not loaded (iptable_nat, ip6table_nat)")
+	}
+	return out
+}
+
+// errNoTable says that a table is not to be had in this kernel.
+var errNoTable = errors.New("no such table in this kernel")
+
+func incompatible(what string) error {
+	return hint(fmt.Errorf("%s: the table holds rules that iptables can't show", what),
+		"a program added native nft rules to a table of iptables; `nft list ruleset` shows them: give them a table of their own")
+}

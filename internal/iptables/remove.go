@@ -1,0 +1,74 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Remove removes everything of ours, in both backends and families, and says what it
+// removed, a line each. Doing it again is harmless.
+func Remove(ctx context.Context, o Options) (removed []string, err error) {
+	plain := o.plainBackend(ctx)
+	var errs []error
+	for _, b := range []Backend{NFT, Legacy} {
+		progs := o.programs(b, plain)
+		for _, f := range families {
+			p, ok := progs[f]
+			if !ok {
+				continue
+			}
+			gone, err := p.remove(ctx)
+			removed = append(removed, gone...)
+			if err != nil {
+				errs = append(errs, familyError(f, err))
+			}
+		}
+	}
+	if setsSupported() {
+		for _, f := range families {
+			gone, err := discard(f, nil)
+			for _, name := range gone {
+				removed = append(removed, "set "+name)
+			}
+			errs = append(errs, err)
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+// remove takes our jumps and chains out of the tables that exist. A backend or family
+// that the kernel lacks has none.
+func (p program) remove(ctx context.Context) (removed []string, err error) {
+	now, err := p.readAll(ctx)
+	if err != nil {
+		p.opts.note("iptables: backend not readable", "path", p.save, "error", err)
+		return nil, nil
+	}
+	var b strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(now)) {
+		s := now[name]
+		if s.empty() {
+			continue
+		}
+		b.WriteString(Table{Name: name}.script(s))
+		where := strings.TrimSuffix(filepath.Base(p.restore), "-restore") + ": table " + name + ": "
+		for _, ref := range s.refs {
+			removed = append(removed, where+"rule "+ref)
+		}
+		for _, chain := range s.names() {
+			removed = append(removed, where+"chain "+chain)
+		}
+	}
+	if b.Len() == 0 {
+		return nil, nil
+	}
+	if err := p.write(ctx, b.String()); err != nil {
+		return nil, fmt.Errorf("remove rules: %w", err)
+	}
+	return removed, nil
+}
