@@ -21,7 +21,9 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 	if err := checkDevices(p.Input().Devices); err != nil {
 		return err
 	}
-	t.probeSets(ctx)
+	if err := t.probeSets(ctx); err != nil {
+		return err
+	}
 	var errs []error
 	t.prefixes = 0
 	for _, f := range families {
@@ -29,6 +31,9 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 		t.prefixes += plainRules(rs)
 		if err := t.applyFamily(ctx, rs, wants(p, f)); err != nil {
 			errs = append(errs, familyError(f, err))
+		}
+		if len(errs) > 0 && (errors.Is(errs[0], ErrLocked) || ctx.Err() != nil) {
+			break // the other would wait as long again
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -250,11 +255,17 @@ func (t *Tables) cleanOther(ctx context.Context) error {
 	return nil
 }
 
+// plainRules counts the rules that would be in a set.
 func plainRules(rs Ruleset) (n int) {
 	for _, t := range rs.Tables {
 		for _, c := range t.Chains {
-			if t.Name == "nat" && c.Name == destinationChain {
-				n = len(c.Rules)
+			if t.Name != "nat" || c.Name != destinationChain {
+				continue
+			}
+			for _, r := range c.Rules {
+				if strings.HasPrefix(r, "-d ") && !strings.Contains(r, reason(policy.PassMulticast)) {
+					n++
+				}
 			}
 		}
 	}

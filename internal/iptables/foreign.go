@@ -3,6 +3,7 @@ package iptables
 import (
 	"context"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -40,6 +41,8 @@ func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignR
 	return append(found, native...), err
 }
 
+var quotedText = regexp.MustCompile(`"(\\.|[^"\\])*"`)
+
 // foreignRules reads the nat table of what iptables-save prints. It also returns the
 // chains as "FAMILY nat CHAIN".
 func foreignRules(f Family, out string, sources []netip.Prefix) (found []ForeignRule, chains []string) {
@@ -54,7 +57,7 @@ func foreignRules(f Family, out string, sources []netip.Prefix) (found []Foreign
 			name, _, _ := strings.Cut(line[1:], " ")
 			chains = append(chains, f.String()+" nat "+name)
 		case nat && strings.HasPrefix(line, "-A "):
-			words := strings.Fields(line)
+			words := strings.Fields(quotedText.ReplaceAllString(line, `""`)) // comments can hold anything
 			chain := words[1]
 			if strings.HasPrefix(chain, chainPrefix) {
 				continue
@@ -66,7 +69,7 @@ func foreignRules(f Family, out string, sources []netip.Prefix) (found []Foreign
 			case target != "MASQUERADE" && target != "SNAT" || marked[chain]:
 			case slices.Contains(words, "--mark") && !notMarked(words):
 			case sourceOverlaps(f, words, sources):
-				found = append(found, ForeignRule{f.String(), "nat", chain, strings.Join(words[2:], " ")})
+				found = append(found, ForeignRule{f.String(), "nat", chain, strings.TrimPrefix(line, "-A "+chain+" ")})
 			}
 		}
 	}

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
@@ -163,4 +164,17 @@ func ports(first, last int) []uint16 {
 // ours are the lines of a listing that name something of ours.
 func ours(listing string) []string {
 	return slices.DeleteFunc(strings.Split(listing, "\n"), func(s string) bool { return !strings.Contains(s, chainPrefix) })
+}
+
+// dropped returns an error until a rule with this reason has dropped something.
+func (n *inNS) dropped(reason string) error {
+	n.t.Helper()
+	for _, f := range families {
+		for line := range strings.Lines(n.counters(f, "mangle")) {
+			if strings.Contains(line, "--comment "+reason+" ") && !strings.HasPrefix(line, "[0:0]") {
+				return nil
+			}
+		}
+	}
+	return errors.New("nothing dropped: " + reason)
 }

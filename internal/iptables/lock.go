@@ -10,9 +10,18 @@ import (
 )
 
 // lockFile is what all programs of iptables-legacy lock while they change rules.
-const lockFile = "/run/xtables.lock"
+func (o Options) lockFile() string {
+	const variable = "XTABLES_LOCKFILE="
+	for _, s := range append(os.Environ(), o.env...) {
+		if path, ok := strings.CutPrefix(s, variable); ok {
+			return path
+		}
+	}
+	return "/run/xtables.lock"
+}
 
-func lockError(name string) error {
+func (o Options) lockError(name string) error {
+	lockFile := o.lockFile()
 	err := fmt.Errorf("%s: %w", name, ErrLocked)
 	if holder := lockHolder(lockFile); holder != "" {
 		err = fmt.Errorf("%s: %w (%s)", name, ErrLocked, holder)

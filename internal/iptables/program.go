@@ -88,7 +88,7 @@ func (o Options) run(ctx context.Context, path, stdin string, args ...string) (s
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
-		return stdout.String(), explain(filepath.Base(path), err, stderr.String(), stdin)
+		return stdout.String(), o.explain(filepath.Base(path), err, stderr.String(), stdin)
 	}
 	return stdout.String(), nil
 }
@@ -136,7 +136,7 @@ var (
 )
 
 // explain makes one line of what a binary wrote, with the rule that it is about.
-func explain(name string, err error, stderr, script string) error {
+func (o Options) explain(name string, err error, stderr, script string) error {
 	var lines []string
 	for line := range strings.Lines(stderr) {
 		line = versionHead.ReplaceAllString(strings.TrimSpace(line), "")
@@ -145,7 +145,7 @@ func explain(name string, err error, stderr, script string) error {
 		}
 	}
 	if strings.Contains(stderr, "xtables lock") {
-		return lockError(name)
+		return o.lockError(name)
 	}
 	if len(lines) == 0 {
 		return fmt.Errorf("%s: %w", name, err)

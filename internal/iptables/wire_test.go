@@ -45,7 +45,7 @@ func newWire(t testing.TB, o Options) *wire {
 		labtest.Close(t, f.Close)
 		w.dev[name] = f
 		// Without one the node can't send to link-local addresses, from whatever source.
-		if err := ns.AddAddr(name, netip.MustParsePrefix("fe80::99/64")); err != nil {
+		if err := ns.AddAddr(name, netip.PrefixFrom(nodeLinkLocal, 64)); err != nil {
 			t.Fatal(err)
 		}
 		for _, dst := range []netip.Prefix{lab.DefaultRoute4, lab.DefaultRoute6} {
@@ -129,6 +129,11 @@ func (w *wire) send(dev string, p packet.Packet) {
 // sentinel is a packet that leaves by eth0 or eth1 whatever the policy of a test.
 var sentinelTo = netip.MustParseAddr("203.0.113.251")
 
+var (
+	mldReports    = netip.MustParseAddr("ff02::16")
+	nodeLinkLocal = netip.MustParseAddr("fe80::99")
+)
+
 // left returns what left by a device before a packet that is sent now.
 func (w *wire) left(dev string) [][]byte {
 	w.t.Helper()
@@ -143,8 +148,12 @@ func (w *wire) left(dev string) [][]byte {
 			w.t.Fatalf("%s: what must leave does not: %v", dev, err)
 		}
 		b := buf[:n]
-		if f, ok := lab.ParseIP(b); ok && f.Dst == sentinelTo {
+		f, ok := lab.ParseIP(b)
+		switch {
+		case ok && f.Dst == sentinelTo:
 			return packets
+		case ok && f.Dst == mldReports && (f.Src.IsUnspecified() || f.Src == nodeLinkLocal):
+			continue // the node's own
 		}
 		packets = append(packets, append([]byte(nil), b...))
 	}
