@@ -46,7 +46,10 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 // stay for the flows that live, or for such that are about to be made.
 func (t *Tables) Drain(ctx context.Context) error {
 	var errs []error
-	for f := range t.programs {
+	for _, f := range families {
+		if _, ok := t.programs[f]; !ok {
+			continue
+		}
 		if err := t.applyFamily(ctx, drained(f), true); err != nil && !errors.Is(err, errNoTable) {
 			errs = append(errs, familyError(f, err))
 		}
@@ -56,6 +59,7 @@ func (t *Tables) Drain(ctx context.Context) error {
 
 func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 	f := rs.Family
+	t.seenOK = false
 	prog, ok := t.programs[f]
 	if !ok {
 		if !on {
@@ -92,7 +96,7 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		t.log.Info("iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
 	}
 	t.last[f] = applied{rs, listing(rs, now)}
-	if t.plain {
+	if !setsSupported() {
 		return nil
 	}
 	_, err = discard(f, rs.Sets)

@@ -76,7 +76,7 @@ func (i *Inspector) listed(o policy.Outcome) ([]netip.Prefix, error) {
 				continue
 			}
 			if name := option(words, "--match-set"); name != "" {
-				set, ok, err := readSet(name, 0)
+				set, ok, err := readSet(name)
 				if err != nil {
 					return nil, err
 				}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"math/bits"
 	"net/netip"
 	"slices"
@@ -19,19 +20,17 @@ import (
 // Sets are written by netlink: many prefixes in a message, and no binary needed.
 
 const (
-	setType    = "hash:net"
-	setMax     = 1 << 17 // entries, unless there are more
-	setBatch   = 1000    // entries in a message: a nested attribute holds 64 KiB
-	listHeader = 1 << 2  // IPSET_FLAG_LIST_HEADER
-	listNames  = 1 << 1  // IPSET_FLAG_LIST_SETNAME
+	setType   = "hash:net"
+	setMax    = 1 << 17 // entries, unless there are more
+	setBatch  = 1000    // entries in a message: a nested attribute holds 64 KiB
+	listNames = 1 << 1  // IPSET_FLAG_LIST_SETNAME
 )
 
 // kernelSet is a set as the kernel lists it.
 type kernelSet struct {
 	Set
-	typ      string
-	family   uint8
-	elements int // of which a listing of the header has no prefixes
+	typ    string
+	family uint8
 }
 
 func (f Family) netlink() uint8 {
@@ -134,11 +133,8 @@ func swapSets(a, b string) error {
 }
 
 // readSet lists a set; ok is false if there is none of this name.
-func readSet(name string, flags uint32) (s kernelSet, ok bool, err error) {
+func readSet(name string) (s kernelSet, ok bool, err error) {
 	req := named(setRequest(nl.IPSET_CMD_LIST, unix.NLM_F_REQUEST|unix.NLM_F_ACK|unix.NLM_F_DUMP), name)
-	if flags != 0 {
-		req.AddData(&nl.Uint32Attribute{Type: nl.IPSET_ATTR_FLAGS | nl.NLA_F_NET_BYTEORDER, Value: flags})
-	}
 	msgs, err := executeSet(req)
 	if errors.Is(err, unix.ENOENT) {
 		return s, false, nil
@@ -154,21 +150,15 @@ func readSet(name string, flags uint32) (s kernelSet, ok bool, err error) {
 }
 
 func (s *kernelSet) parse(msg []byte) {
-	for attr := range nl.ParseAttributes(msg[4:]) {
-		switch attr.Type & nl.NLA_TYPE_MASK {
+	for typ, value := range attributes(msg[4:]) {
+		switch typ {
 		case nl.IPSET_ATTR_TYPENAME:
-			s.typ = nl.BytesToString(attr.Value)
+			s.typ = nl.BytesToString(value)
 		case nl.IPSET_ATTR_FAMILY:
-			s.family = attr.Value[0]
-		case nl.IPSET_ATTR_DATA:
-			for a := range nl.ParseAttributes(attr.Value) {
-				if a.Type&nl.NLA_TYPE_MASK == nl.IPSET_ATTR_ELEMENTS {
-					s.elements = int(binary.BigEndian.Uint32(a.Value))
-				}
-			}
+			s.family = value[0]
 		case nl.IPSET_ATTR_ADT:
-			for a := range nl.ParseAttributes(attr.Value) {
-				if p := parseEntry(a.Value); p.IsValid() {
+			for _, entry := range attributes(value) {
+				if p := parseEntry(entry); p.IsValid() {
 					s.Prefixes = append(s.Prefixes, p)
 				}
 			}
@@ -180,20 +170,34 @@ func (s *kernelSet) parse(msg []byte) {
 func parseEntry(b []byte) netip.Prefix {
 	var addr netip.Addr
 	length := -1
-	for a := range nl.ParseAttributes(b) {
-		switch a.Type & nl.NLA_TYPE_MASK {
+	for typ, value := range attributes(b) {
+		switch typ {
 		case nl.IPSET_ATTR_IP:
-			for inner := range nl.ParseAttributes(a.Value) {
-				addr, _ = netip.AddrFromSlice(inner.Value)
+			for _, inner := range attributes(value) {
+				addr, _ = netip.AddrFromSlice(inner)
 			}
 		case nl.IPSET_ATTR_CIDR:
-			length = int(a.Value[0])
+			length = int(value[0])
 		}
 	}
 	if length < 0 {
 		length = addr.BitLen() // full length is not listed
 	}
 	return netip.PrefixFrom(addr, length)
+}
+
+// attributes goes through the attributes of a message, types without flags. That of the
+// library starts a goroutine each time, which makes a large set slow to read.
+func attributes(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= 4 {
+			size, typ := int(binary.NativeEndian.Uint16(b)), binary.NativeEndian.Uint16(b[2:])
+			if size < 4 || size > len(b) || !yield(typ&nl.NLA_TYPE_MASK, b[4:size]) {
+				return
+			}
+			b = b[min((size+3)&^3, len(b)):]
+		}
+	}
 }
 
 // setNames lists the sets that are ours.
@@ -206,11 +210,11 @@ func setNames() ([]string, error) {
 	}
 	var names []string
 	for _, msg := range msgs {
-		for attr := range nl.ParseAttributes(msg[4:]) {
-			if attr.Type != nl.IPSET_ATTR_SETNAME {
+		for typ, value := range attributes(msg[4:]) {
+			if typ != nl.IPSET_ATTR_SETNAME {
 				continue
 			}
-			if name := nl.BytesToString(attr.Value); strings.HasPrefix(name, setPrefix) {
+			if name := nl.BytesToString(value); strings.HasPrefix(name, setPrefix) {
 				names = append(names, name)
 			}
 		}

@@ -19,7 +19,7 @@ func asideName(name string) string { return name + "-new" }
 // the rules that name them are gone: see discard.
 func (c *setChange) change(f Family, wanted []Set) error {
 	for _, s := range wanted {
-		now, exists, err := readSet(s.Name, 0)
+		now, exists, err := readSet(s.Name)
 		if err != nil {
 			return err
 		}
@@ -102,7 +102,7 @@ func discard(f Family, wanted []Set) ([]string, error) {
 // checkSets says which set is not as wanted.
 func checkSets(wanted []Set) (string, error) {
 	for _, s := range wanted {
-		now, ok, err := readSet(s.Name, 0)
+		now, ok, err := readSet(s.Name)
 		switch {
 		case err != nil:
 			return "", err

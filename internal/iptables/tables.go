@@ -25,6 +25,8 @@ type Tables struct {
 	plainFor string             // why plain is
 	prefixes int                // plain rules for prefixes in force
 	last     map[Family]applied // what the kernel holds by our doing
+	seen     uint32             // the generation of nft rules that Check found right
+	seenOK   bool
 }
 
 // applied is what the last Apply wrote, and how the kernel lists it.
