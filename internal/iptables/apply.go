@@ -228,7 +228,9 @@ func (p program) state(ctx context.Context, wanted bool) (map[string]tableState,
 	states := make(map[string]tableState)
 	for _, name := range tableNames {
 		s, err := p.read(ctx, name)
-		if err != nil {
+		if errors.Is(err, errHidden) {
+			return nil, err
+		} else if err != nil {
 			return nil, fmt.Errorf("table %s: %w", name, err)
 		}
 		states[name] = s

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -9,7 +10,13 @@ import (
 )
 
 // ForeignRule is a rule of another program that translates sources.
-type ForeignRule struct{ Family, Table, Chain, Rule string }
+type ForeignRule struct {
+	Family, Table, Chain, Rule string
+
+	Backend Backend // empty: a native rule of nft
+	family  string  // of a native rule: ip, ip6 or inet
+	handle  int
+}
 
 // Foreign lists rules of others, of both backends and native nft, that translate the
 // source of packets from sources: they compete with ours. A rule that asks for a mark is
@@ -30,7 +37,7 @@ func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignR
 				o.note("iptables: backend not readable", "path", p.save, "error", err)
 				continue
 			}
-			rules, chains := foreignRules(f, out, sources)
+			rules, chains := foreignRules(p, out, sources)
 			found = append(found, rules...)
 			if b == NFT {
 				known = append(known, chains...)
@@ -41,11 +48,35 @@ func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignR
 	return append(found, native...), err
 }
 
+// RemoveForeign deletes a rule that Foreign has found: for a take-over that names it. A
+// native rule of both families goes in both.
+func RemoveForeign(ctx context.Context, o Options, r ForeignRule) error {
+	if strings.ContainsAny(r.Chain+r.Rule+r.Table, "\n\x00") || r.Rule == "" {
+		return fmt.Errorf("rule %q: not one of Foreign", r.Rule)
+	}
+	if r.Backend == "" {
+		path := o.find("nft")
+		if path == "" {
+			return fmt.Errorf("nft: %w", ErrNoBinary)
+		}
+		table := strings.TrimPrefix(r.Table, r.family+" ")
+		_, err := o.run(ctx, path, fmt.Sprintf("delete rule %s %s %s handle %d\n", r.family, table, r.Chain, r.handle), "-f", "-")
+		return err
+	}
+	for f, p := range o.programs(r.Backend, o.plainBackend(ctx)) {
+		if f.String() == r.Family {
+			return p.write(ctx, fmt.Sprintf("*%s\n-D %s %s\nCOMMIT\n", r.Table, r.Chain, r.Rule))
+		}
+	}
+	return noBinary(string(r.Backend))
+}
+
 var quotedText = regexp.MustCompile(`"(\\.|[^"\\])*"`)
 
 // foreignRules reads the nat table of what iptables-save prints. It also returns the
 // chains as "FAMILY nat CHAIN".
-func foreignRules(f Family, out string, sources []netip.Prefix) (found []ForeignRule, chains []string) {
+func foreignRules(p program, out string, sources []netip.Prefix) (found []ForeignRule, chains []string) {
+	f := p.family
 	marked := make(map[string]bool) // chains whose rest is for marked packets only
 	nat := false
 	for line := range strings.Lines(out) {
@@ -69,7 +100,8 @@ func foreignRules(f Family, out string, sources []netip.Prefix) (found []Foreign
 			case target != "MASQUERADE" && target != "SNAT" || marked[chain]:
 			case slices.Contains(words, "--mark") && !notMarked(words):
 			case sourceOverlaps(f, words, sources):
-				found = append(found, ForeignRule{f.String(), "nat", chain, strings.TrimPrefix(line, "-A "+chain+" ")})
+				found = append(found, ForeignRule{Family: f.String(), Table: "nat", Chain: chain,
+					Rule: strings.TrimPrefix(line, "-A "+chain+" "), Backend: p.backend})
 			}
 		}
 	}

@@ -81,6 +81,27 @@ table ip kube-proxy {
 		if !slices.Equal(got, want) {
 			t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
+		// Each can be removed by what was said about it.
+		n.do(func() error {
+			for range want {
+				list, err := Foreign(context.Background(), Options{}, podSources)
+				if err != nil || len(list) == 0 {
+					return err
+				}
+				if list[0].Backend != o.Backend && list[0].Backend != "" {
+					t.Errorf("%v is said to be of %s", list[0], list[0].Backend)
+				}
+				if err := RemoveForeign(context.Background(), o, list[0]); err != nil {
+					return err
+				}
+			}
+			list, err := Foreign(context.Background(), Options{}, podSources)
+			if len(list) > 0 {
+				t.Errorf("left: %v", list)
+			}
+			return err
+		})
+		n.right()
 	})
 }
 

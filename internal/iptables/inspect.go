@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -41,7 +42,10 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 			return i, nil
 		}
 	}
-	if failed != nil {
+	switch {
+	case errors.Is(failed, errHidden):
+		return nil, failed
+	case failed != nil:
 		o.note("iptables: backend not readable", "error", failed)
 	}
 	return nil, ErrNone

@@ -53,7 +53,8 @@ func foreignNative(ctx context.Context, o Options, sources []netip.Prefix, known
 				marked[id] = true
 			case r.has("masquerade") || r.has("snat"):
 				if !marked[id] && !r.asks("mark") && r.sourceOverlaps(f, sources) {
-					found = append(found, ForeignRule{f.String(), r.Family + " " + r.Table, r.Chain, r.text()})
+					found = append(found, ForeignRule{Family: f.String(), Table: r.Family + " " + r.Table, Chain: r.Chain,
+						Rule: r.text(), family: r.Family, handle: r.Handle})
 				}
 			}
 		}

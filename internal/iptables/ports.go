@@ -88,11 +88,11 @@ func (r *renderer) random() string {
 	return ""
 }
 
-func (q portRange) text(dash string) string {
-	if q.first == q.last {
-		return fmt.Sprint(q.first)
+func (r portRange) text(dash string) string {
+	if r.first == r.last {
+		return fmt.Sprint(r.first)
 	}
-	return fmt.Sprintf("%d%s%d", q.first, dash, q.last)
+	return fmt.Sprintf("%d%s%d", r.first, dash, r.last)
 }
 
 // probability is a share as the kernel holds it, in steps of 2^-31, and lists it.

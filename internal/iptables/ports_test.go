@@ -50,11 +50,12 @@ func TestPortsOnTheWire(t *testing.T) {
 				kept, low := 0, 0
 				const n = 60
 				for i := range n {
-					port := uint16(10000 + i)
+					port, to := uint16(10000+i), uint16(81) // another remote: no clash with those that are kept
 					if i%2 == 0 {
+						to = 80
 						port = uint16(2000+i) + uint16(i%4)*24000 // 2000 and so on, or 50000
 					}
-					got := w.external(proto, port)
+					got := w.external(proto, port, to)
 					if (got < 2000 || got > 2999) && (got < 50000 || got > 50999) {
 						t.Fatalf("protocol %d: port %d became %d", proto, port, got)
 					}
@@ -77,10 +78,10 @@ func TestPortsOnTheWire(t *testing.T) {
 }
 
 // external sends the first packet of a connection and returns its port outside.
-func (w *wire) external(proto uint8, port uint16) uint16 {
+func (w *wire) external(proto uint8, port, to uint16) uint16 {
 	w.t.Helper()
 	p := packet.Packet{Src: netip.MustParseAddr("10.0.1.2"), Dst: netip.MustParseAddr("198.51.100.1"),
-		Proto: proto, SrcPort: port, DstPort: 80, Flags: packet.SYN, Payload: make([]byte, 20)}
+		Proto: proto, SrcPort: port, DstPort: to, Flags: packet.SYN, Payload: make([]byte, 20)}
 	if proto == packet.SCTP {
 		p.Type, p.Payload[0] = packet.SCTPInit, 1
 	}

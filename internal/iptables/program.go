@@ -99,16 +99,27 @@ func (p program) read(ctx context.Context, table string) (tableState, error) {
 	if err != nil {
 		return tableState{}, err
 	}
-	if strings.Contains(out, "is incompatible, use 'nft' tool") {
-		return tableState{}, incompatible(table)
-	}
-	return parseSave(out)[table], nil
+	return parseSave(out)[table], hidden(out)
 }
 
 // readAll returns the state of all tables that exist, and makes none.
 func (p program) readAll(ctx context.Context) (map[string]tableState, error) {
 	out, err := p.opts.run(ctx, p.save, "")
-	return parseSave(out), err
+	if err != nil {
+		return nil, err
+	}
+	return parseSave(out), hidden(out)
+}
+
+// hidden is an error if a table that can hold rules of ours was not listed.
+func hidden(out string) error {
+	for _, name := range tableNames {
+		if strings.Contains(out, "# Table `"+name+"' is incompatible") {
+			return hint(fmt.Errorf("table %s: %w", name, errHidden), "a program added native nft rules to this table of iptables, "+
+				"`nft list table ip "+name+"` shows them: it should have a table of its own")
+		}
+	}
+	return nil
 }
 
 // write runs a script of iptables-restore.
@@ -162,20 +173,18 @@ func (o Options) explain(name string, err error, stderr, script string) error {
 	}
 	out := fmt.Errorf("%s: %s: %w", name, what, err)
 	switch {
-	case strings.Contains(stderr, "is incompatible, use 'nft' tool"):
-		return incompatible(name)
 	case strings.Contains(stderr, "Permission denied"), strings.Contains(stderr, "you must be root"):
 		return hint(out, "run it as root, with CAP_NET_ADMIN and CAP_NET_RAW")
-	case strings.Contains(stderr, "can't initialize"), strings.Contains(stderr, "Cannot initialize"), strings.Contains(stderr, "Table does not exist"):
-		return hint(fmt.Errorf("%w: %w", errNoTable, out), "the kernel lacks this table, or its module is not loaded (iptable_nat, ip6table_nat)")
+	case strings.Contains(stderr, "can't initialize"), strings.Contains(stderr, "Cannot initialize"), strings.Contains(stderr, "Table does not exist"),
+		strings.Contains(stderr, "initialize nft:"), strings.Contains(stderr, "ADD failed (No such file or directory)"), strings.Contains(stderr, "ADD failed (Operation not supported)"):
+		return hint(fmt.Errorf("%w: %w", errNoTable, out), "the kernel lacks this table, or its module is not loaded (iptable_nat, ip6table_nat, nft_chain_nat)")
 	}
 	return out
 }
 
-// errNoTable says that a table is not to be had in this kernel.
-var errNoTable = errors.New("no such table in this kernel")
-
-func incompatible(what string) error {
-	return hint(fmt.Errorf("%s: the table holds rules that iptables can't show", what),
-		"a program added native nft rules to a table of iptables; `nft list ruleset` shows them: give them a table of their own")
-}
+var (
+	// errNoTable says that a table is not to be had in this kernel.
+	errNoTable = errors.New("no such table in this kernel")
+	// errHidden says that the nft backend does not list a table.
+	errHidden = errors.New("it holds rules that iptables can't show")
+)

@@ -45,7 +45,9 @@ func Remove(ctx context.Context, o Options) (removed []string, err error) {
 // that the kernel lacks has none.
 func (p program) remove(ctx context.Context) (removed []string, err error) {
 	now, err := p.readAll(ctx)
-	if err != nil {
+	if errors.Is(err, errHidden) {
+		return nil, err
+	} else if err != nil {
 		p.opts.note("iptables: backend not readable", "path", p.save, "error", err)
 		return nil, nil
 	}

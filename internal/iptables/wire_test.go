@@ -160,11 +160,11 @@ func (w *wire) left(dev string) [][]byte {
 }
 
 // counters are the rules of our chains with packets, of a table.
-func (w *inNS) counters(f Family, table string) string {
-	w.t.Helper()
+func (n *inNS) counters(f Family, table string) string {
+	n.t.Helper()
 	var out string
-	w.do(func() (err error) {
-		out, err = w.o.run(context.Background(), w.o.find(w.ipt(f, "-save")), "", "-c", "-t", table)
+	n.do(func() (err error) {
+		out, err = n.o.run(context.Background(), n.o.find(n.ipt(f, "-save")), "", "-c", "-t", table)
 		return err
 	})
 	return out
