@@ -19,12 +19,25 @@ func prefixes(n int) []policy.Rule {
 	for i := range list {
 		a := binary.BigEndian.AppendUint32(nil, 20<<24|uint32(i)<<6)
 		addr, _ := netip.AddrFromSlice(a)
-		list[i] = policy.Rule{Prefix: netip.PrefixFrom(addr, 26-i%2*2).Masked(), Origin: "test"}
-		if i%2 == 1 { // of several lengths, but each once
-			list[i].Prefix = netip.PrefixFrom(addr, 27)
-		}
+		list[i] = policy.Rule{Prefix: netip.PrefixFrom(addr, 26+i%2), Origin: "test"}
 	}
 	return list
+}
+
+// However long a list is, a packet passes the same rules.
+func TestRulesDontGrowWithLists(t *testing.T) {
+	count := func(n int) (rules int) {
+		rs := Render(build(t, func(in *policy.Input) { in.NonMasq = prefixes(n) }), IPv4, RenderOptions{})
+		for _, table := range rs.Tables {
+			for _, c := range table.Chains {
+				rules += len(c.Rules)
+			}
+		}
+		return rules
+	}
+	if few, many := count(10), count(policy.MaxPrefixes); few != many {
+		t.Errorf("%d rules for 10 prefixes, %d for 65536", few, many)
+	}
 }
 
 func took(f func()) time.Duration {

@@ -76,7 +76,7 @@ func (t *Tables) Warnings() []string {
 	}
 	if t.plain {
 		list = append(list, fmt.Sprintf("iptables: no sets (%s): %d plain rules for prefixes; each new connection passes them one by one, "+
-			"about 1 µs for 20 of them, twice", t.plainFor, t.prefixes))
+			"which takes about 10 µs for 1000", t.plainFor, t.prefixes))
 	}
 	for _, f := range families {
 		if _, ok := t.programs[f]; !ok {
