@@ -152,12 +152,12 @@ static __always_inline enum outcome egress_known(struct __sk_buff *skb, struct s
 	return egress_translate(skb, s, OUT_MASQ_HOST);
 }
 
-/* Which ports a new mapping may get. */
-static __always_inline enum pool egress_pool(const struct packet *pkt)
+/* Which ports a new mapping may get. own: none but the packet's. */
+static __always_inline enum pool egress_pool(const struct packet *pkt, bool own)
 {
 	if (pkt->kind == KIND_BARE)
 		return POOL_NONE;
-	if (port_is_fixed(pkt))
+	if (own || port_is_fixed(pkt))
 		return POOL_OWN;
 	return pkt->kind == KIND_QUERY ? POOL_IDENTIFIERS : POOL_PORTS;
 }
@@ -171,7 +171,7 @@ static __always_inline enum outcome egress_claim(struct __sk_buff *skb, struct s
 	__u32 now;
 	long err;
 
-	out = claim_port(skb, s, egress_pool(pkt), bits);
+	out = claim_port(skb, s, egress_pool(pkt, s->claim.own), bits);
 	if (out)
 		return out;
 	s->to.port = s->reverse.lport;
@@ -235,12 +235,15 @@ static __noinline enum outcome egress_map(struct __sk_buff *skb, struct scratch 
 /* A packet of the node meets the reverse entry r of a mapping, whose inner socket is in s->owner.
  * OUT_CONTINUE: it needs a mapping, and with it another port. */
 static __always_inline enum outcome egress_meets(struct __sk_buff *skb, struct scratch *s,
-						 const struct flow *r, enum outcome pass)
+						 const struct flow *r, const struct setting *set,
+						 enum outcome pass)
 {
 	const struct packet *pkt = &s->packet;
 
 	if (egress_is_marked(skb))
 		return OUT_PASS_TRANSLATED;
+	if (set->handover)
+		return pass; /* netfilter has taken the flow over, with its port */
 	if (pkt->proto == IPPROTO_UDP && claim_node_tunnels(&pkt->dst, pkt->dport, IPPROTO_UDP))
 		return pass; /* nobody answers to the source port of a tunnel's packet */
 	if (pkt->kind == KIND_BARE && !(r->bits & FLOW_HOST)) {
@@ -311,7 +314,7 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 		return pass;
 	r = flow_find(REVERSE, &s->flow, &s->owner);
 	if (r)
-		return egress_meets(skb, s, r, pass);
+		return egress_meets(skb, s, r, set, pass);
 	if (pass != OUT_PASS_HOST || is_multicast(&pkt->dst))
 		return pass;
 	/* Towards an excluded destination no mapping can be in the way. */
@@ -417,6 +420,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 			fragment_note(s, EGRESS, &pkt->src, out);
 		return out;
 	}
+	s->claim.own = bits && set->handover;
 	mapped = egress_map(skb, s, bits);
 	/* The node's packet is not dropped because no mapping was to be had. */
 	return bits && mapped >= FIRST_DROP && mapped != OUT_DROP_REWRITE ? pass : mapped;

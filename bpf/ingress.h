@@ -9,17 +9,42 @@
 #include "inbound.h"
 #include "quote.h"
 
+/* While the masquerade mode changes, a flow may be netfilter's as well. Only one of both may translate
+ * its answers: what comes to netfilter with a pod's address is no answer to an entry that
+ * translates, but a new connection, and gets another port. So an entry says whose they are; for
+ * the moment in which that changes they are held back by being dropped, and sent again. */
+static __noinline enum outcome ingress_away(__u8 bits)
+{
+	__u32 generation = 0;
+	struct setting *set = policy_settings(&generation);
+
+	if (!set || !set->handover)
+		return OUT_CONTINUE; /* the change is over, and what is left is ours */
+	return bits & FLOW_HELD ? OUT_DROP_HANDOVER : OUT_PASS_HANDOVER;
+}
+
+static __always_inline enum outcome ingress_whose(const struct flow *f)
+{
+	return f->bits & (FLOW_AWAY | FLOW_HELD) ? ingress_away(f->bits) : OUT_CONTINUE;
+}
+
 /* An ICMP error about a mapped flow: the inner host must see its own packet in the quote. A
  * redirect is about the node's next hop. */
 static __noinline enum outcome ingress_error(struct __sk_buff *skb, struct scratch *s)
 {
 	struct packet *pkt = &s->packet;
+	enum outcome out;
+	struct flow *f;
 
 	if (is_redirect(pkt) || !quote_parse(skb, pkt, &s->quote))
 		return OUT_PASS_NO_MAPPING;
 	tuple_leaving(&s->flow, &s->quote); /* the quote is what we sent */
-	if (!flow_find(REVERSE, &s->flow, &s->to))
+	f = flow_find(REVERSE, &s->flow, &s->to);
+	if (!f)
 		return OUT_PASS_NO_MAPPING;
+	out = ingress_whose(f);
+	if (out)
+		return out;
 	if (endpoint_is(&s->to, &s->quote.src, s->quote.sport))
 		return OUT_PASS_HOST; /* the node's own, under its own port */
 	if (quote_rewrite(skb, pkt, &s->quote, SOURCE, &s->to))
@@ -36,8 +61,11 @@ static __always_inline enum outcome ingress_known(struct __sk_buff *skb, struct 
 {
 	struct packet *pkt = &s->packet;
 	bool host = f->bits & FLOW_HOST;
+	enum outcome out = ingress_whose(f);
 
 	flow_touch(f, pkt, now_seconds());
+	if (out)
+		return out;
 	if (host && endpoint_is(&s->to, &pkt->dst, pkt->dport))
 		return OUT_PASS_HOST;
 	/* The node would answer it with an ABORT. */

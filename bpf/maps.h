@@ -38,6 +38,8 @@ struct tuple4 {
 #define FLOW_HOST 0x10 /* the inner socket is the node's own */
 #define FLOW_OUT 0x20 /* inbound table only: answered by the pod */
 #define FLOW_OUT_FIN 0x40 /* inbound table only: closed by the pod */
+#define FLOW_AWAY 0x20 /* reverse table only: netfilter translates the answers, see ingress.h */
+#define FLOW_HELD 0x40 /* reverse table only: they wait until it is clear who does */
 #define FLOW_DEAD 0x80 /* reverse table only: for readers; what counts is flow_is_dead() */
 
 struct flow {
@@ -239,6 +241,7 @@ struct setting {
 	__u32 max_flows; /* of one pod; 0: any number */
 	__u32 flow_interval; /* ns between new flows of one pod, on average; 0: any rate */
 	__u32 removed_until; /* second until which TRIE_REMOVED is asked */
+	__u32 handover; /* netfilter has some of the flows, or gets them */
 	__u64 since; /* ns of the monotonic clock: what was refused earlier may be granted now */
 	__u32 routes; /* in the table of routes with a source; 0: it is not asked */
 	struct addr source[ROUTE_SOURCES]; /* of routes; the first is not used */

@@ -8,14 +8,21 @@
 #include "inbound.h"
 #include "quota.h"
 
-enum reap_table { REAP_FORWARD = 0, REAP_REVERSE = 1, REAP_INBOUND = 2, REAP_POD = 3 };
+enum reap_table {
+	REAP_FORWARD = 0,
+	REAP_REVERSE = 1,
+	REAP_INBOUND = 2,
+	REAP_POD = 3,
+	REAP_MARK = 4
+};
 
 struct reap_record {
 	struct tuple key;
 	__u8 table; /* enum reap_table */
 	__u8 force; /* delete whatever the timer says */
 	__u8 pad[2];
-	__u32 percent; /* of the timers; established TCP always has 100. REAP_POD: what to add */
+	__u32 percent; /* of the timers; established TCP always has 100. REAP_POD: what to add.
+		      * REAP_MARK: FLOW_AWAY, FLOW_HELD or 0 */
 };
 
 _Static_assert(sizeof(struct reap_record) == 48, "records follow each other without gaps");
@@ -150,6 +157,19 @@ static __always_inline int reap_pod(const struct reap_record *rec)
 	return 0;
 }
 
+/* Says whose answers a mapping's are: see ingress_away(). Returns the number of entries marked. */
+static __always_inline int reap_mark(const struct reap_record *rec)
+{
+	struct endpoint inner;
+	struct flow *r = flow_find(REVERSE, &rec->key, &inner);
+
+	if (!r || r->bits & FLOW_HOST)
+		return 0;
+	/* Bits that a packet of the flow sets just now may be lost, or this one: the agent looks again. */
+	r->bits = (r->bits & ~(FLOW_AWAY | FLOW_HELD)) | (rec->percent & (FLOW_AWAY | FLOW_HELD));
+	return 1;
+}
+
 /* Global, so that the verifier checks it once and not once a record. */
 __noinline int reap_record_at(struct __sk_buff *skb, __u32 offset)
 {
@@ -171,6 +191,8 @@ __noinline int reap_record_at(struct __sk_buff *skb, __u32 offset)
 		return reap_inbound(&rec, set, now_seconds());
 	case REAP_POD:
 		return reap_pod(&rec);
+	case REAP_MARK:
+		return reap_mark(&rec);
 	}
 	return -1;
 }

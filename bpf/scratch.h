@@ -23,7 +23,8 @@ struct claim {
 	__u8 reused; /* the reverse entry was ours already */
 	__u8 percent; /* of the pool that is open to this pod; see quota.h */
 	__u8 asks; /* for sockets: the own port of a node's flow is held by the very one that sends */
-	__u8 pad[3];
+	__u8 own; /* only the packet's own port */
+	__u8 pad[2];
 };
 
 /* The headers that change, without a gap: the end of an IP header, whatever its family, and the

@@ -185,7 +185,7 @@ func (d *Datapath) flip(generation uint32, next *applied) error {
 	if err != nil {
 		return err
 	}
-	setting.RemovedUntil = lastUntil(next.removed)
+	setting.RemovedUntil, setting.Handover = lastUntil(next.removed), flag(d.handover)
 	if err := d.guardOldPools(setting); err != nil {
 		return err
 	}

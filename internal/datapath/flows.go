@@ -39,6 +39,8 @@ const (
 	bitHost   = 0x10
 	bitOut    = 0x20
 	bitOutFin = 0x40
+	bitAway   = 0x20 // in the reverse table
+	bitHeld   = 0x40 // in the reverse table
 	bitDead   = 0x80
 )
 

@@ -52,6 +52,7 @@ type Datapath struct {
 	sentinels sentinelPrograms    // empty without Options.Sentinel
 	trie      *ebpf.MapSpec       // of a policy table
 	attached  map[int]*attachment // by ifindex
+	handover  bool                // netfilter has some of the flows, or gets them
 	taken     bool                // what an earlier agent attached has been taken over
 	applied   *applied
 	tunnels   []Tunnel // written; nil: not yet
@@ -137,6 +138,9 @@ func (d *Datapath) open() error {
 		// Without a policy the programs drop what should leave: whatever is attached
 		// goes on with its own tables until the first Apply.
 		return nil
+	}
+	if err := d.readHandover(st.Active); err != nil {
+		return err
 	}
 	return d.takeOver()
 }

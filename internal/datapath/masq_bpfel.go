@@ -144,6 +144,7 @@ const (
 	masqOutcomeOUT_PASS_INBOUND_FULL masqOutcome = 14
 	masqOutcomeOUT_PASS_TRANSLATED   masqOutcome = 15
 	masqOutcomeOUT_PASS_FRAGMENT     masqOutcome = 16
+	masqOutcomeOUT_PASS_HANDOVER     masqOutcome = 17
 	masqOutcomeOUT_MASQ_NEW          masqOutcome = 32
 	masqOutcomeOUT_MASQ_KNOWN        masqOutcome = 33
 	masqOutcomeOUT_MASQ_HOST         masqOutcome = 34
@@ -163,6 +164,7 @@ const (
 	masqOutcomeOUT_DROP_REWRITE      masqOutcome = 74
 	masqOutcomeOUT_DROP_NO_POLICY    masqOutcome = 75
 	masqOutcomeOUT_DROP_RATE         masqOutcome = 76
+	masqOutcomeOUT_DROP_HANDOVER     masqOutcome = 77
 	masqOutcomeOUT_SLOTS             masqOutcome = 96
 )
 
@@ -309,7 +311,8 @@ type masqScratch struct {
 		Reused  uint8
 		Percent uint8
 		Asks    uint8
-		Pad     [3]uint8
+		Own     uint8
+		Pad     [2]uint8
 	}
 	Socket struct {
 		_    structs.HostLayout
@@ -351,7 +354,7 @@ type masqSetting struct {
 	MaxFlows         uint32
 	FlowInterval     uint32
 	RemovedUntil     uint32
-	_                [4]byte
+	Handover         uint32
 	Since            uint64
 	Routes           uint32
 	Source           [256]masqAddr

@@ -261,7 +261,7 @@ func TestConstantsMirror(t *testing.T) {
 	}
 	for name, want := range map[string]uint64{
 		"FLOW_SYN": bitSyn, "FLOW_FIN": bitFin, "FLOW_RST": bitRst, "FLOW_DATA": bitData, "FLOW_HOST": bitHost,
-		"FLOW_OUT": bitOut, "FLOW_OUT_FIN": bitOutFin,
+		"FLOW_OUT": bitOut, "FLOW_OUT_FIN": bitOutFin, "FLOW_AWAY": bitAway, "FLOW_HELD": bitHeld,
 		"MAP_LAYOUT": mapLayout, "REAP_BATCH": reapBatch, "REAP_START": reapStart,
 	} {
 		if got, ok := inC[name]; !ok || got != want {

@@ -14,6 +14,7 @@ const (
 	reapReverse
 	reapInbound
 	reapPod
+	reapMark
 )
 
 const (

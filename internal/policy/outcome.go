@@ -27,6 +27,7 @@ const (
 	PassInboundFull Outcome = 14
 	PassTranslated  Outcome = 15
 	PassFragment    Outcome = 16
+	PassHandover    Outcome = 17
 
 	MasqNew      Outcome = 32
 	MasqKnown    Outcome = 33
@@ -49,6 +50,7 @@ const (
 	DropRewrite   Outcome = 74
 	DropNoPolicy  Outcome = 75
 	DropRate      Outcome = 76
+	DropHandover  Outcome = 77
 
 	// OutcomeSlots is the size of a table indexed by Outcome.
 	OutcomeSlots = 96
@@ -99,6 +101,7 @@ var outcomes = []OutcomeInfo{
 	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognized", "raise bpf-nat-global-max, or filter unwanted traffic"},
 	{PassTranslated, "pass-translated", "already translated: on a device stacked above this one, or an answer on its way inside", ""},
 	{PassFragment, "pass-fragment", "a later fragment for the node came before its first and could not be held: left to the node", "more than 2048 bytes, or too many at a time"},
+	{PassHandover, "pass-handover", "the masquerade mode is being changed: netfilter translates this answer back", ""},
 
 	{MasqNew, "masq-new", "first packet of a masqueraded connection", ""},
 	{MasqKnown, "masq-known", "packet of a known masqueraded connection", ""},
@@ -121,6 +124,7 @@ var outcomes = []OutcomeInfo{
 	{DropRewrite, "drop-rewrite", "the kernel refused to rewrite the packet", "look for memory pressure on the node"},
 	{DropNoPolicy, "drop-no-policy", "the data plane has no policy", "restart the agent; report this as a bug"},
 	{DropRate, "drop-rate", "the pod opens new connections faster than one pod may", "see what the pod does; raise max-new-flows-per-pod"},
+	{DropHandover, "drop-handover", "the masquerade mode is being changed, and this connection just now: its next packet gets through", ""},
 }
 
 // Outcomes returns every outcome with its documentation, by number.
