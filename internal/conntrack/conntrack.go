@@ -189,6 +189,17 @@ func Create(ctx context.Context, flows []Flow) (n int, err error) {
 	})
 }
 
+// Replace is Create in the place of whatever has the same addresses: the translation of a
+// connection can't be changed. Both are one system call for each flow, so a packet hardly ever comes
+// between them; if one does, and makes an entry by the rules there are, that is replaced.
+// A flow that is refused may be without an entry then.
+func Replace(ctx context.Context, flows []Flow) (n int, err error) {
+	return each(ctx, flows, func(t *table, f Flow) (bool, error) {
+		err := t.replace(f)
+		return err == nil, err
+	})
+}
+
 // Delete removes connections. Those that are gone already are no error, and not counted.
 func Delete(ctx context.Context, flows []Flow) (n int, err error) {
 	return each(ctx, flows, (*table).remove)

@@ -47,7 +47,10 @@ func (r *rig) tools() []string { return []string{"iptables-" + r.backend, "ip6ta
 
 func (r *rig) iptables(tool string, args ...string) {
 	r.t.Helper()
-	if out, err := r.Node.Run(within(r.t), tool, append([]string{"-w"}, args...)...); err != nil {
+	// The lock of iptables is one for all namespaces, and somebody else may have it.
+	ctx, cancel := context.WithTimeout(r.t.Context(), labtest.Patience(time.Minute))
+	defer cancel()
+	if out, err := r.Node.Run(ctx, tool, append([]string{"-w"}, args...)...); err != nil {
 		r.t.Fatalf("%v\n%s", err, out)
 	}
 }
