@@ -1,0 +1,384 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"bauta.dev/bauta/internal/conntrack"
+	"bauta.dev/bauta/internal/datapath"
+)
+
+// mappings are the flow tables of the programs.
+type mappings interface {
+	SetHandover(on bool) error
+	Flows(context.Context) ([]datapath.Flow, error)
+	Import(context.Context, []datapath.Flow) (taken int, refused []datapath.Refusal, err error)
+	SetSide(context.Context, []datapath.Flow, datapath.Side) (int, error)
+	Forget(context.Context, []datapath.Flow) (int, error)
+}
+
+// connections is netfilter's table.
+type connections interface {
+	List(context.Context, conntrack.Filter) ([]conntrack.Flow, error)
+	Create(context.Context, []conntrack.Flow) (int, error)
+	Replace(context.Context, []conntrack.Flow) (int, error)
+}
+
+// starter is a translator, as far as new connections go.
+type starter interface {
+	// Ready makes it translate what it has, and nothing new. Netfilter tracks every packet
+	// of pods from then on.
+	Ready(context.Context) error
+	// Start gives it new connections.
+	Start(context.Context) error
+}
+
+// modeSwitch moves running connections from one translator to the other.
+//
+// Three facts make it safe. A connection that netfilter tracks without translating it stays
+// that way whatever the rules are, and goes on through the programs. A connection of
+// which netfilter translates the packets that leave passes the programs, because of the
+// handover. And its answers are translated by one side only: netfilter, unless its mapping
+// is ours. So in each state between two steps each connection has one translator for
+// each direction, but for a batch that is held: its answers are dropped for the length of a
+// few system calls.
+//
+// Every step may be repeated, and a switch that was cut off is begun again from the
+// start, in the same direction or in the other: both look at what there is.
+type modeSwitch struct {
+	maps     mappings
+	tracked  connections
+	programs starter
+	rules    starter
+	sources  []netip.Prefix // of pods
+	// wanted tells whether the programs may take a connection that netfilter translates: it leaves
+	// by a masquerade device, and with an address of it.
+	wanted func(conntrack.Flow) bool
+	batch  int // how many connections are held at a time: switchBatch
+
+	// refused are connections that netfilter did not take. With rules in force they must not be
+	// tried again: without an entry they are new ones.
+	refused map[flowKey]bool
+}
+
+// switched is the result of a switch.
+type switched struct {
+	Moved int // connections
+	Left  int // that stay with the old side until they end
+}
+
+const (
+	// switchBatch connections are moved in less than 1 ms.
+	switchBatch = 64
+	// switchPasses is how often the connections that were made meanwhile are moved too.
+	switchPasses = 3
+)
+
+type flowKey struct {
+	proto    uint8
+	src, dst netip.AddrPort // dst: whom the packets reach
+}
+
+func keyOf(f datapath.Flow) flowKey         { return flowKey{f.Proto, f.Src, f.Dst} }
+func keyOfTracked(f conntrack.Flow) flowKey { return flowKey{f.Proto, f.Src, f.Remote} }
+
+// movable tells whether a connection is addresses and ports, and no more.
+func movable(f conntrack.Flow) bool {
+	return f.Zone == 0 && f.Helper == "" && !f.Expected && !f.SeqAdjust && f.ICMPType == 0 && f.ICMPCode == 0
+}
+
+// list reads netfilter's connections of pods, by whom they are between.
+func (s *modeSwitch) list(ctx context.Context, translated bool) (map[flowKey]conntrack.Flow, error) {
+	flows, err := s.tracked.List(ctx, conntrack.Filter{Sources: s.sources, Translated: translated, AnyZone: true})
+	out := make(map[flowKey]conntrack.Flow, len(flows))
+	for _, f := range flows {
+		out[keyOfTracked(f)] = f
+	}
+	return out, err
+}
+
+// toRules gives the connections of the programs to netfilter. When nothing is left, or
+// long enough after, the caller takes the programs away.
+func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
+	s.refused = make(map[flowKey]bool)
+	// Netfilter's packets pass the programs from here on; there are none yet.
+	if err := s.maps.SetHandover(true); err != nil {
+		return out, err
+	}
+	// From here on netfilter tracks what pods send. The packet of a connection that it did not
+	// know is a new one to it: not translated, as there is no rule yet. The programs do it.
+	if err := s.rules.Ready(ctx); err != nil {
+		return out, err
+	}
+	for range switchPasses {
+		n, err := s.passToRules(ctx)
+		out.Moved += n
+		if err != nil {
+			return out, err
+		}
+		if n == 0 {
+			break
+		}
+	}
+	// What is with the programs still must not be new to netfilter when there are rules.
+	if err := s.track(ctx); err != nil {
+		return out, err
+	}
+	// New connections leave translated, and pass the programs.
+	if err := s.rules.Start(ctx); err != nil {
+		return out, err
+	}
+	if err := s.programs.Ready(ctx); err != nil {
+		return out, err
+	}
+	// The last ones of the programs. With the rules in force a packet between the two
+	// entries would be translated as a new one: to the same port, unless that was not the
+	// pod's own. That is why so few are moved only now.
+	n, err := s.passToRules(ctx)
+	out.Moved += n
+	if err != nil {
+		return out, err
+	}
+	left, err := s.maps.Flows(ctx)
+	out.Left = len(left)
+	return out, err
+}
+
+// track makes netfilter know the connections of the programs, as not translated.
+func (s *modeSwitch) track(ctx context.Context) error {
+	flows, err := s.maps.Flows(ctx)
+	if err != nil {
+		return err
+	}
+	known, err := s.list(ctx, false)
+	if err != nil {
+		return err
+	}
+	var unknown []conntrack.Flow
+	for _, f := range flows {
+		if _, ok := known[keyOf(f)]; !ok {
+			unknown = append(unknown, plain(described(f, conntrack.Flow{})))
+		}
+	}
+	_, err = s.tracked.Create(ctx, unknown)
+	_, err = refusals(err) // known by a packet, meanwhile
+	return err
+}
+
+// refusals are what netfilter did not take; another error remains one.
+func refusals(err error) ([]conntrack.Refusal, error) {
+	var refused *conntrack.RefusedError
+	if errors.As(err, &refused) {
+		return refused.Refused, nil
+	}
+	return nil, err
+}
+
+// described is what netfilter is to know of a mapping. old is what it knows now.
+func described(f datapath.Flow, old conntrack.Flow) conntrack.Flow {
+	c := conntrack.Flow{
+		Proto: f.Proto, Src: f.Src, Dst: f.Dst, Xlate: f.Xlate, Remote: f.Dst, State: f.State, Timeout: f.Timeout,
+		Packets: [2]uint64{uint64(f.Packets[0]), uint64(f.Packets[1])},
+	}
+	if old.Dst.IsValid() { // the pod calls a service, whose endpoint the programs see
+		c.Dst, c.Mark, c.SCTPTags = old.Dst, old.Mark, old.SCTPTags
+	}
+	return c
+}
+
+// plain is the same connection with its own source.
+func plain(c conntrack.Flow) conntrack.Flow {
+	c.Xlate, c.ID = c.Src, 0
+	return c
+}
+
+// passToRules moves the mappings there are.
+func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
+	flows, err := s.maps.Flows(ctx)
+	if err != nil {
+		return 0, err
+	}
+	known, err := s.list(ctx, false)
+	if err != nil {
+		return 0, err
+	}
+	var done, todo []datapath.Flow
+	for _, f := range flows {
+		switch old, ok := known[keyOf(f)]; {
+		case ok && old.Xlate != old.Src: // a switch that was cut off came this far
+			done = append(done, f)
+		case s.refused[keyOf(f)]:
+		case !ok || movable(old):
+			todo = append(todo, f)
+		}
+	}
+	if moved, err = s.maps.Forget(ctx, done); err != nil {
+		return moved, err
+	}
+	for len(todo) > 0 {
+		n := min(len(todo), s.batch)
+		m, err := s.batchToRules(ctx, todo[:n], known)
+		moved += m
+		if err != nil {
+			return moved, err
+		}
+		todo = todo[n:]
+	}
+	return moved, nil
+}
+
+// batchToRules moves some mappings.
+func (s *modeSwitch) batchToRules(ctx context.Context, batch []datapath.Flow, known map[flowKey]conntrack.Flow) (int, error) {
+	byKey := make(map[flowKey]datapath.Flow)
+	var entries []conntrack.Flow
+	for _, f := range batch {
+		byKey[keyOf(f)] = f
+		entries = append(entries, described(f, known[keyOf(f)]))
+	}
+	// Answers wait. What leaves goes through the programs until the entry is there, then
+	// through netfilter, to the same port.
+	if _, err := s.maps.SetSide(ctx, batch, datapath.SideHeld); err != nil {
+		return 0, err
+	}
+	_, err := s.tracked.Replace(ctx, entries)
+	refused, err := refusals(err)
+	if err != nil {
+		return 0, err
+	}
+	var back []datapath.Flow
+	var untranslated []conntrack.Flow
+	for _, r := range refused {
+		key := keyOfTracked(r.Flow)
+		back, untranslated = append(back, byKey[key]), append(untranslated, plain(r.Flow))
+		delete(byKey, key)
+		s.refused[key] = true
+	}
+	// What netfilter did not take stays where it was, and known to netfilter.
+	_, err = s.tracked.Create(ctx, untranslated)
+	if _, err = refusals(err); err != nil {
+		return 0, err
+	}
+	if _, err := s.maps.SetSide(ctx, back, datapath.SideOurs); err != nil {
+		return 0, err
+	}
+	// Answers go on: without a mapping they are netfilter's.
+	var gone []datapath.Flow
+	for _, f := range batch {
+		if _, ok := byKey[keyOf(f)]; ok {
+			gone = append(gone, f)
+		}
+	}
+	return s.maps.Forget(ctx, gone)
+}
+
+// toPrograms gives netfilter's connections to the programs. When nothing is left, or long
+// enough after, the caller takes the rules away, and calls finish.
+func (s *modeSwitch) toPrograms(ctx context.Context) (out switched, err error) {
+	// Before the first program: it lets netfilter's packets pass, and claims their ports.
+	if err := s.maps.SetHandover(true); err != nil {
+		return out, err
+	}
+	// The programs are there. Pods' packets come translated: rules are in force.
+	if err := s.programs.Start(ctx); err != nil {
+		return out, err
+	}
+	// Mappings that are netfilter's keep its ports from flows that the programs get.
+	if err := s.reserve(ctx); err != nil {
+		return out, err
+	}
+	// New connections come with the pod's address, and get a mapping.
+	if err := s.rules.Ready(ctx); err != nil {
+		return out, err
+	}
+	if err := s.reserve(ctx); err != nil { // those that came since
+		return out, err
+	}
+	if out.Moved, err = s.passToPrograms(ctx); err != nil {
+		return out, err
+	}
+	left, err := s.list(ctx, true)
+	for _, c := range left {
+		if s.wants(c) {
+			out.Left++
+		}
+	}
+	return out, err
+}
+
+func (s *modeSwitch) wants(c conntrack.Flow) bool { return s.wanted == nil || s.wanted(c) }
+
+// finish ends a handover to the programs.
+func (s *modeSwitch) finish() error { return s.maps.SetHandover(false) }
+
+// reserve imports what netfilter translates, as netfilter's.
+func (s *modeSwitch) reserve(ctx context.Context) error {
+	translated, err := s.list(ctx, true)
+	if err != nil {
+		return err
+	}
+	var flows []datapath.Flow
+	for _, c := range translated {
+		if !movable(c) || !s.wants(c) {
+			continue
+		}
+		f := datapath.Flow{
+			Proto: c.Proto, Src: c.Src, Dst: c.Remote, Xlate: c.Xlate, State: c.State, Side: datapath.SideAway,
+			Packets: [2]uint32{uint32(c.Packets[0]), uint32(c.Packets[1])}, Bytes: c.Bytes,
+		}
+		flows = append(flows, f)
+	}
+	// One that is refused, because another flow has its port, ends with netfilter.
+	_, _, err = s.maps.Import(ctx, flows)
+	if err != nil {
+		return fmt.Errorf("import connections: %w", err)
+	}
+	return nil
+}
+
+// passToPrograms moves the mappings that are netfilter's, or were held when a switch was
+// cut off.
+func (s *modeSwitch) passToPrograms(ctx context.Context) (moved int, err error) {
+	flows, err := s.maps.Flows(ctx)
+	if err != nil {
+		return 0, err
+	}
+	known, err := s.list(ctx, false)
+	if err != nil {
+		return 0, err
+	}
+	var todo []datapath.Flow
+	for _, f := range flows {
+		if f.Side != datapath.SideOurs {
+			todo = append(todo, f)
+		}
+	}
+	for len(todo) > 0 {
+		n := min(len(todo), s.batch)
+		if err := s.batchToPrograms(ctx, todo[:n], known); err != nil {
+			return moved, err
+		}
+		moved, todo = moved+n, todo[n:]
+	}
+	return moved, nil
+}
+
+func (s *modeSwitch) batchToPrograms(ctx context.Context, batch []datapath.Flow, known map[flowKey]conntrack.Flow) error {
+	var entries []conntrack.Flow
+	for _, f := range batch {
+		entries = append(entries, plain(described(f, known[keyOf(f)])))
+	}
+	// Answers wait: with the old entry they must not be translated, without it they must be.
+	if _, err := s.maps.SetSide(ctx, batch, datapath.SideHeld); err != nil {
+		return err
+	}
+	// What leaves without an entry is new to netfilter, and gets none that translates: there is
+	// no rule. That is as good as ours. Ours keeps the service that the pod called.
+	_, err := s.tracked.Replace(ctx, entries)
+	if _, err = refusals(err); err != nil {
+		return err
+	}
+	_, err = s.maps.SetSide(ctx, batch, datapath.SideOurs)
+	return err
+}
