@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -56,7 +57,7 @@ type modeSwitch struct {
 	// wanted tells whether the programs may take a connection that netfilter translates: it leaves
 	// by a masquerade device, and with an address of it.
 	wanted func(conntrack.Flow) bool
-	batch  int // how many connections are held at a time: switchBatch
+	batch  int // how many connections are held at a time; 0: switchBatch
 
 	// refused are connections that netfilter did not take. With rules in force they must not be
 	// tried again: without an entry they are new ones.
@@ -218,7 +219,7 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 		return moved, err
 	}
 	for len(todo) > 0 {
-		n := min(len(todo), s.batch)
+		n := min(len(todo), cmp.Or(s.batch, switchBatch))
 		m, err := s.batchToRules(ctx, todo[:n], known)
 		moved += m
 		if err != nil {
@@ -355,7 +356,7 @@ func (s *modeSwitch) passToPrograms(ctx context.Context) (moved int, err error) 
 		}
 	}
 	for len(todo) > 0 {
-		n := min(len(todo), s.batch)
+		n := min(len(todo), cmp.Or(s.batch, switchBatch))
 		if err := s.batchToPrograms(ctx, todo[:n], known); err != nil {
 			return moved, err
 		}
