@@ -242,8 +242,8 @@ static __always_inline enum outcome egress_meets(struct __sk_buff *skb, struct s
 
 	if (egress_is_marked(skb))
 		return OUT_PASS_TRANSLATED;
-	if (set->handover)
-		return pass; /* netfilter has taken the flow over, with its port */
+	if (set->handover && r->bits & (FLOW_AWAY | FLOW_HELD))
+		return pass; /* netfilter has this very flow, with its port */
 	if (pkt->proto == IPPROTO_UDP && claim_node_tunnels(&pkt->dst, pkt->dport, IPPROTO_UDP))
 		return pass; /* nobody answers to the source port of a tunnel's packet */
 	if (pkt->kind == KIND_BARE && !(r->bits & FLOW_HOST)) {
@@ -322,6 +322,7 @@ static __noinline enum outcome egress_host(struct __sk_buff *skb, struct scratch
 		return pass;
 	if (claim_can_ask(pkt->proto) && !skb->ingress_ifindex)
 		return egress_resets_stray(skb, s) ? OUT_DROP_STRAY : pass;
+	s->claim.own = set->handover; /* what netfilter translated keeps its port */
 	return OUT_CONTINUE;
 }
 
@@ -393,6 +394,7 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 	if (!set)
 		return OUT_DROP_NO_POLICY;
 	s->decided = generation + 1;
+	s->claim.own = 0;
 	out = decide(pkt, generation, set);
 	if (out == OUT_PASS_HOST || out == OUT_PASS_DISABLED) {
 		pass = out;
@@ -420,7 +422,6 @@ static __noinline enum outcome egress_unknown(struct __sk_buff *skb, struct scra
 			fragment_note(s, EGRESS, &pkt->src, out);
 		return out;
 	}
-	s->claim.own = bits && set->handover;
 	mapped = egress_map(skb, s, bits);
 	/* The node's packet is not dropped because no mapping was to be had. */
 	return bits && mapped >= FIRST_DROP && mapped != OUT_DROP_REWRITE ? pass : mapped;

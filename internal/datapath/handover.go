@@ -47,10 +47,9 @@ func (f Flow) String() string {
 }
 
 // SetHandover says whether netfilter has some of the flows, or gets them. While it is
-// on, a packet of the node passes although its tuple is a mapping's: netfilter has given it
-// the address and port, and another port would end the connection. No such packet gets
-// another port then, and the sides of mappings count. Each Apply keeps it, and so does a
-// restart of the agent.
+// on, the sides of mappings count: a packet of the node on the tuple of one that is not ours
+// passes, since netfilter has given it the address and port, and another port would end the
+// connection. Each Apply keeps it, and so does a restart of the agent.
 func (d *Datapath) SetHandover(on bool) error {
 	if on && !d.handover {
 		// What an earlier change left would hold up flows that are ours since.
@@ -220,6 +219,25 @@ func (d *Datapath) otherSide(flows []Flow, side Side) (out []Flow) {
 }
 
 func (d *Datapath) tablesOf(a netip.Addr) flowTables { return d.sweeper.tables[familyOf(a)] }
+
+// Shifted counts the flows of the node, and of others with its address, that got another
+// port because a mapping has theirs. They end with the programs.
+func (d *Datapath) Shifted(ctx context.Context) (n int, err error) {
+	for _, t := range d.sweeper.tables {
+		for e, err := range t.all(t.forward) {
+			if err == nil {
+				err = ctx.Err()
+			}
+			if err != nil {
+				return n, err
+			}
+			if e.host() && e.xlate != e.key.local {
+				n++
+			}
+		}
+	}
+	return n, nil
+}
 
 // clearSides makes all mappings ours.
 func (d *Datapath) clearSides(ctx context.Context) error {

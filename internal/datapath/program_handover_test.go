@@ -68,18 +68,26 @@ func testHandover(t *testing.T, r *rig) {
 			out := r.opened(k.p, f.node)
 			netfilters := k.p.From(f.node, out.Port())
 			r.must(r.d.SetHandover(true))
-			for range 2 {
+			for _, side := range []Side{SideAway, SideHeld} {
+				r.side(side)
 				r.expect(egress, netfilters, policy.PassHost)
 				r.send(egress, k.p, policy.MasqKnown, k.p.From(f.node, out.Port()))
-				r.send(ingress, out.Reply(), policy.MasqKnown, k.p.Reply())
 				r.reapply(in) // keeps it
 			}
+			r.side(SideOurs)
+			r.send(ingress, out.Reply(), policy.MasqKnown, k.p.Reply())
 			if n := len(r.flows(forwardTable)); n != 1 {
 				t.Errorf("%s: %d mappings", k.name, n)
 			}
-			r.must(r.d.SetHandover(false))
-			if moved := r.translate(first(netfilters), policy.MasqHost, f.node); moved.Port() == out.Port() {
-				t.Errorf("%s: the node has the pod's port", k.name)
+			// What netfilter has on the tuple of a mapping that is ours is another flow.
+			for range 2 {
+				if moved := r.translate(first(netfilters), policy.MasqHost, f.node); moved.Port() == out.Port() {
+					t.Errorf("%s: the node has the pod's port", k.name)
+				}
+				r.must(r.d.SetHandover(false))
+			}
+			if n, err := r.d.Shifted(t.Context()); n != 1 || err != nil {
+				t.Errorf("%s: %d shifted, %v", k.name, n, err)
 			}
 		}
 		// A protocol without ports: the pod's mapping is not taken away.
@@ -87,7 +95,9 @@ func testHandover(t *testing.T, r *rig) {
 		r.handover()
 		gre := f.bare(packet.GRE)
 		out := r.translate(gre, policy.MasqNew, f.node)
+		r.side(SideAway)
 		r.expect(egress, out, policy.PassHost)
+		r.side(SideOurs)
 		r.send(ingress, out.Reply(), policy.MasqKnown, gre.Reply())
 	})
 }
