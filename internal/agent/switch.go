@@ -18,6 +18,7 @@ type mappings interface {
 	Import(context.Context, []datapath.Flow) (taken int, refused []datapath.Refusal, err error)
 	SetSide(context.Context, []datapath.Flow, datapath.Side) (int, error)
 	Forget(context.Context, []datapath.Flow) (int, error)
+	Shifted(context.Context) (int, error)
 }
 
 // connections is netfilter's table.
@@ -108,18 +109,20 @@ func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
 	if err := s.maps.SetHandover(true); err != nil {
 		return out, err
 	}
+	// New connections are theirs already, unless a switch was cut off: then rules are in force.
+	if err := s.programs.Start(ctx); err != nil {
+		return out, err
+	}
 	// From here on netfilter tracks what pods send. The packet of a connection that it did not
 	// know is a new one to it: not translated, as there is no rule yet. The programs do it.
 	if err := s.rules.Ready(ctx); err != nil {
 		return out, err
 	}
 	for range switchPasses {
-		n, err := s.passToRules(ctx)
-		out.Moved += n
-		if err != nil {
+		// Their mappings stay for now, so that no new flow of the programs gets their ports.
+		if n, err := s.passToRules(ctx); err != nil {
 			return out, err
-		}
-		if n == 0 {
+		} else if n == 0 {
 			break
 		}
 	}
@@ -137,13 +140,29 @@ func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
 	// The last ones of the programs. With the rules in force a packet between the two
 	// entries would be translated as a new one: to the same port, unless that was not the
 	// pod's own. That is why so few are moved only now.
-	n, err := s.passToRules(ctx)
-	out.Moved += n
+	if _, err := s.passToRules(ctx); err != nil {
+		return out, err
+	}
+	return s.forget(ctx)
+}
+
+// forget removes the mappings of what netfilter has.
+func (s *modeSwitch) forget(ctx context.Context) (out switched, err error) {
+	flows, err := s.maps.Flows(ctx)
 	if err != nil {
 		return out, err
 	}
-	left, err := s.maps.Flows(ctx)
-	out.Left = len(left)
+	var away []datapath.Flow
+	for _, f := range flows {
+		if f.Side == datapath.SideAway {
+			away = append(away, f)
+		}
+	}
+	if out.Moved, err = s.maps.Forget(ctx, away); err != nil {
+		return out, err
+	}
+	shifted, err := s.maps.Shifted(ctx)
+	out.Left = len(flows) - len(away) + shifted
 	return out, err
 }
 
@@ -208,14 +227,16 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 	var done, todo []datapath.Flow
 	for _, f := range flows {
 		switch old, ok := known[keyOf(f)]; {
-		case ok && old.Xlate != old.Src: // a switch that was cut off came this far
-			done = append(done, f)
+		case ok && old.Xlate != old.Src:
+			if f.Side != datapath.SideAway { // a switch that was cut off came this far
+				done = append(done, f)
+			}
 		case s.refused[keyOf(f)]:
 		case !ok || movable(old):
 			todo = append(todo, f)
 		}
 	}
-	if moved, err = s.maps.Forget(ctx, done); err != nil {
+	if moved, err = s.maps.SetSide(ctx, done, datapath.SideAway); err != nil {
 		return moved, err
 	}
 	for len(todo) > 0 {
@@ -264,14 +285,14 @@ func (s *modeSwitch) batchToRules(ctx context.Context, batch []datapath.Flow, kn
 	if _, err := s.maps.SetSide(ctx, back, datapath.SideOurs); err != nil {
 		return 0, err
 	}
-	// Answers go on: without a mapping they are netfilter's.
+	// Answers go on, and are netfilter's.
 	var gone []datapath.Flow
 	for _, f := range batch {
 		if _, ok := byKey[keyOf(f)]; ok {
 			gone = append(gone, f)
 		}
 	}
-	return s.maps.Forget(ctx, gone)
+	return s.maps.SetSide(ctx, gone, datapath.SideAway)
 }
 
 // toPrograms gives netfilter's connections to the programs. When nothing is left, or long

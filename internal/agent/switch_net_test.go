@@ -46,12 +46,12 @@ func newSwitchNode(t *testing.T, backend string) *switchNode {
 		HostAddrs: append(n.NodeAddr.All(), n.PodGateway.All()...),
 		Devices:   []policy.Device{{Name: "eth0", Index: index, Ethernet: true, IPv4: n.NodeAddr.V4, IPv6: n.NodeAddr.V6}},
 	}
-	for port := 40000; port < 50000; port++ {
+	for port := 32768; port < 65536; port++ {
 		n.in.Ports = append(n.in.Ports, uint16(port))
 	}
 	root := filepath.Join(labtest.BPFFS(t), "bauta")
 	n.do(func() (err error) {
-		n.d, err = datapath.Open(datapath.Options{Root: root, DefaultFlows: 1024, AllowPrivateBPFFS: true})
+		n.d, err = datapath.Open(datapath.Options{Root: root, DefaultFlows: 65536, AllowPrivateBPFFS: true})
 		return err
 	})
 	t.Cleanup(func() { n.do(n.d.Close) })
@@ -298,4 +298,70 @@ func TestSwitchUnderTraffic(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Connections that are made while the mode changes, one after the other, all succeed.
+func TestSwitchUnderStorm(t *testing.T) {
+	for _, backend := range []string{"nft", "legacy"} {
+		t.Run(backend, func(t *testing.T) {
+			n := newSwitchNode(t, backend)
+			s := n.modeSwitch()
+			ctx := t.Context()
+			if err := s.programs.Start(ctx); err != nil {
+				t.Fatal(err)
+			}
+			wire := labtest.Capture(t, n.World, "eth0", lab.CaptureOptions{MaxPackets: 1})
+			leaks := wire.Count(lab.SourceIn(lab.PodRange4, lab.PodRange6))
+			k := &talks{t: t, stop: make(chan struct{})}
+			for _, world := range n.WorldAddr.All() {
+				tcp, err := lab.EchoTCP(n.World, netip.AddrPortFrom(world, 0))
+				if err != nil {
+					t.Fatal(err)
+				}
+				labtest.Close(t, tcp.Close)
+				for pod := range n.Pods {
+					k.start(fmt.Sprintf("pod %d to %s", pod, tcp.Addr), func() error { return n.connect(pod, tcp.Addr) })
+				}
+			}
+			stop := sync.OnceFunc(func() { close(k.stop); k.done.Wait() })
+			defer stop()
+			k.progress()
+			for range 2 {
+				// What netfilter begins on a port of a mapping that is just being moved has to stay with
+				// the programs: a few of thousands.
+				out, err := s.toRules(ctx)
+				if err != nil || out.Left > max(out.Moved/20, 20) {
+					t.Fatalf("to the rules: %+v, %v", out, err)
+				}
+				t.Logf("to the rules: %+v", out)
+				k.progress()
+				out, err = s.toPrograms(ctx)
+				if err != nil || out.Left > max(out.Moved/20, 20) || s.finish() != nil {
+					t.Fatalf("to the programs: %+v, %v", out, err)
+				}
+				t.Logf("to the programs: %+v", out)
+				k.progress()
+			}
+			stop()
+			if leaked := leaks.N(); leaked != 0 {
+				t.Errorf("%d packets left untranslated", leaked)
+			}
+		})
+	}
+}
+
+// connect is a short connection of a pod.
+func (n *switchNode) connect(pod int, server netip.AddrPort) error {
+	// Ports of closed connections wait for minutes: there must be enough of them.
+	time.Sleep(10 * time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Patience(20*time.Second))
+	defer cancel()
+	seen, c, err := lab.AskTCP(ctx, n.Pods[pod], netip.AddrPort{}, server)
+	if err != nil {
+		return err
+	}
+	if seen.Addr() != n.NodeAddr.Of(server.Addr()) {
+		err = fmt.Errorf("seen as %s", seen)
+	}
+	return errors.Join(err, c.Close())
 }

@@ -46,6 +46,13 @@ func (n *fakeNode) step() error {
 	return nil
 }
 
+// opens lets a pod open a connection: it gets the pod's own port.
+func (n *fakeNode) opens(step int) {
+	f := talking(1000 + step)
+	f.Xlate = netip.AddrPortFrom(f.Xlate.Addr(), f.Src.Port())
+	n.talking = append(n.talking, f)
+}
+
 // check lets every connection talk. Answers may be held only while a switch is at work.
 func (n *fakeNode) check() {
 	n.t.Helper()
@@ -84,7 +91,7 @@ func (n *fakeNode) out(f datapath.Flow) error {
 			return fmt.Errorf("netfilter gives it %s", c.Xlate)
 		}
 		for _, m := range n.mappings {
-			if m.Xlate == f.Xlate && m.Dst == f.Dst && !n.handover {
+			if m.Xlate == f.Xlate && m.Dst == f.Dst && (!n.handover || m.Side == datapath.SideOurs) {
 				return errors.New("the programs give it another port")
 			}
 		}
@@ -164,6 +171,8 @@ func (n *fakeNode) Forget(_ context.Context, flows []datapath.Flow) (int, error)
 	}
 	return len(flows), n.step()
 }
+
+func (n *fakeNode) Shifted(context.Context) (int, error) { return 0, n.step() }
 
 func (n *fakeNode) List(_ context.Context, f conntrack.Filter) (out []conntrack.Flow, err error) {
 	for _, c := range n.entries {
@@ -358,6 +367,11 @@ func TestSwitchCutOff(t *testing.T) {
 				if again == "programs" {
 					then, is = toPrograms, n.isOnPrograms
 				}
+				n.packet = func(step int) {
+					if step%5 == 0 {
+						n.opens(step)
+					}
+				}
 				if err := then(n); err != nil {
 					t.Fatalf("%s: crash at %d, then to %s: %v", name, crash, again, err)
 				}
@@ -406,11 +420,7 @@ func TestSwitchNewConnections(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := c.node(t)
-			n.packet = func(step int) {
-				f := talking(1000 + step)
-				f.Xlate = netip.AddrPortFrom(f.Xlate.Addr(), f.Src.Port())
-				n.talking = append(n.talking, f)
-			}
+			n.packet = n.opens
 			out, err := c.do(n.modeSwitch())
 			if err != nil || out.Left != 0 || out.Moved < switchFlows {
 				t.Errorf("%+v, %v", out, err)
