@@ -14,8 +14,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -27,6 +29,7 @@ import (
 	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/filewatch"
 	"bauta.dev/bauta/internal/ipmasq"
+	"bauta.dev/bauta/internal/iptables"
 )
 
 // Default places of what the agent leaves for others.
@@ -77,31 +80,23 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if err := vacant(runDir); err != nil {
 		return err
 	}
-	kernel, err := datapath.Open(datapath.Options{
-		Root: root, Flows: cfg.MaxFlows, DefaultFlows: cfg.Flows(memory()),
-		AllowPrivateBPFFS: cfg.AllowPrivateBPFFS, Sentinel: cfg.LeakSentinel, Log: datapathLog,
-	})
-	if err != nil {
+	l := newLoop(cfg, opt, runDir, log)
+	if err := l.open(ctx, root, datapathLog); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, kernel.Close()) }()
+	defer func() { err = errors.Join(err, l.kernel.Close()) }()
 	listener, err := listen(runDir)
 	if err != nil {
 		return err
 	}
-	inspect := func() (inspector, error) { return inspectRoot(root) }
-	l := newLoop(cfg, opt, runDir, log)
-	if l.earlier, err = readEarlier(inspect, runDir); err != nil {
-		log.Warn("state of the last run not read", "error", err)
-	}
-	l.kernel, l.readNetwork, l.readReserved = kernel, devices.Read, reservedPorts
+	l.readNetwork, l.readReserved, l.readForeign = devices.Read, reservedPorts, foreign
 	l.facts.noIPv6 = !hasIPv6()
 	service := newSystemd(os.Getenv)
 	defer service.close()
 	l.systemd = service
 	l.announce()
 
-	log.Info("agent started", "version", opt.Version, "bpf_root", root, "run_dir", runDir)
+	log.Info("agent started", "version", opt.Version, "mode", modeOf(cfg.BPF), "bpf_root", root, "run_dir", runDir)
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return l.run(ctx) })
@@ -119,7 +114,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 	}
 	watch(l.signals.nodes, cfg.NodesFile)
 	watch(l.signals.options, opt.ConfigSources.File, opt.ConfigSources.Dir)
-	group.Go(func() error { return serve(ctx, listener, runDir, l.status(inspect), log) })
+	group.Go(func() error { return serve(ctx, listener, runDir, l.status(), log) })
 	group.Go(func() error {
 		<-ctx.Done()
 		service.stopping()
@@ -130,6 +125,61 @@ func Run(ctx context.Context, opt Options) (err error) {
 	}
 	log.Info("agent ended, the data plane stays")
 	return nil
+}
+
+// open takes possession of what the mode has in the kernel, and reads what an earlier
+// agent left, of either mode.
+func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
+	if err := otherMode(ctx, l.cfg.BPF, root); err != nil {
+		return err
+	}
+	if l.cfg.BPF {
+		kernel, err := datapath.Open(datapath.Options{
+			Root: root, Flows: l.cfg.MaxFlows, DefaultFlows: l.cfg.Flows(memory()),
+			AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Sentinel: l.cfg.LeakSentinel, Log: log,
+		})
+		if err != nil {
+			return err
+		}
+		l.kernel, l.flows = bpf{kernel}, kernel
+		l.inspect = func() (inspector, error) { return inspectRoot(root) }
+	} else {
+		kernel, err := openNetfilter(l.cfg, log)
+		if err != nil {
+			return err
+		}
+		l.kernel, l.tier = kernel, kernel.tier()
+		l.inspect = func() (inspector, error) { return inspectRules(ctx, &PolicyFile{Tier: l.tier}) }
+	}
+	var err error
+	if l.earlier, err = readEarlier(func() (inspector, error) { return inspectNode(ctx, root, l.runDir) }, l.runDir); err != nil {
+		l.log.Warn("state of the last run not read", "error", err)
+	}
+	if n, ok := l.kernel.(*netfilter); ok {
+		n.expect(l.earlier.addrs())
+	}
+	return nil
+}
+
+// otherMode refuses to start beside the data plane of the other mode: both would
+// translate the same flows, each its own way. That data plane goes on working.
+func otherMode(ctx context.Context, bpf bool, root string) error {
+	open, what := func() (inspector, error) { return inspectRules(ctx, nil) }, "rules of iptables mode are"
+	if !bpf {
+		open, what = func() (inspector, error) { return inspectRoot(root) }, "a data plane of eBPF mode is"
+	}
+	k, err := open()
+	if err != nil {
+		return nil // none, or none that can be seen: then nothing of it can be changed either
+	}
+	k.Close()
+	return &Error{fmt.Errorf("enable-bpf-masquerade=%t: %s in force here", bpf, what),
+		[]string{"bauta cleanup removes it, and with it running connections", fmt.Sprintf("or go on with enable-bpf-masquerade=%t", !bpf)}}
+}
+
+// foreign looks for rules of others in this network namespace.
+func foreign(ctx context.Context, sources []netip.Prefix) ([]iptables.ForeignRule, error) {
+	return iptables.Foreign(ctx, iptables.Options{}, sources)
 }
 
 // newLoop is the loop of a configuration, not yet connected to a kernel.
@@ -151,10 +201,13 @@ func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *l
 }
 
 // status returns what answers for the status: the last view with what the kernel says now.
-func (l *loop) status(inspect func() (inspector, error)) func() (Status, error) {
+func (l *loop) status() func() (Status, error) {
 	return func() (Status, error) {
-		k, err := inspect()
-		if err != nil {
+		k, err := l.inspect()
+		switch {
+		case isNone(err): // rules are there from the first apply on
+			return l.published.Load().status(time.Now(), nil)
+		case err != nil:
 			return Status{}, err
 		}
 		defer k.Close()
@@ -164,14 +217,9 @@ func (l *loop) status(inspect func() (inspector, error)) func() (Status, error) 
 
 // supported refuses options that this release has no code for: none is silently ignored.
 func supported(cfg config.Config) error {
-	refuse := func(option, remedy string) error {
-		return &Error{errors.New(option + ": not in this release"), []string{remedy}}
-	}
-	switch {
-	case !cfg.BPF:
-		return refuse("enable-bpf-masquerade=false (iptables mode)", "leave enable-bpf-masquerade at true")
-	case cfg.K8s:
-		return refuse("enable-k8s", "give the pod range of this node with pod-cidrs, and other nodes with nodes-file")
+	if cfg.K8s {
+		return &Error{errors.New("enable-k8s: not in this release"),
+			[]string{"give the pod range of this node with pod-cidrs, and other nodes with nodes-file"}}
 	}
 	return nil
 }

@@ -100,7 +100,9 @@ type fakeKernel struct {
 	whole    int // how many Apply attached
 }
 
-func (k *fakeKernel) Healthy() bool { return len(k.Attached()) == k.whole }
+func (k *fakeKernel) Warnings() []string { return nil }
+
+func (k *fakeKernel) Healthy(context.Context) bool { return len(k.Attached()) == k.whole }
 
 // change changes what is attached.
 func (k *fakeKernel) change(f func([]datapath.Attachment) []datapath.Attachment) {

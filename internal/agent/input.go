@@ -22,6 +22,7 @@ type facts struct {
 
 // wanted is what options and facts amount to.
 type wanted struct {
+	mode           string // ModeBPF or ModeIPTables
 	input          policy.Input
 	selection      devices.Selection
 	state4, state6 SourceState
@@ -57,7 +58,7 @@ func assemble(cfg config.Config, f facts) wanted {
 	in.Native = ofFamilies(cfg.NativeRules(nil), in.IPv4, in.IPv6)
 	in.NonMasq = ofFamilies(f.nonMasq, in.IPv4, in.IPv6)
 	return wanted{
-		input: in, selection: sel,
+		mode: modeOf(cfg.BPF), input: in, selection: sel,
 		state4: sourceState(cfg, in.IPv4, ofFamilies(in.Sources, true, false), sel.DefaultRoute4),
 		state6: sourceState(cfg, in.IPv6, ofFamilies(in.Sources, false, true), sel.DefaultRoute6),
 	}

@@ -1,53 +1,20 @@
 package agent
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/policy"
 )
-
-// backend makes the kernel follow a policy.
-type backend interface {
-	Apply(context.Context, *policy.Policy) error
-	SetTunnels([]datapath.Tunnel) error
-	Attached() []datapath.Attachment
-	Healthy() bool                                // cheaper than Attached
-	Walk(context.Context) (datapath.Swept, error) // may run beside the others
-	Drain(datapath.Swept) error
-	Close() error
-}
-
-// inspector reads what is in the kernel, whoever put it there.
-type inspector interface {
-	Counts() ([]datapath.Count, error)
-	Exclusions() ([]netip.Prefix, error)
-	Attachments() ([]datapath.Attachment, error)
-	Usage() ([2]datapath.Usage, error)
-	WorstPort() (datapath.PortUse, error)
-	Leaks() (devices, samples []datapath.Leak, err error)
-	PortSearches() (datapath.PortSearches, error)
-	Applied() bool
-	Tier() string
-	Close() error
-}
-
-// inspectRoot opens the data plane below root; datapath.ErrNone: there is none.
-func inspectRoot(root string) (inspector, error) {
-	k, err := datapath.Inspect(root)
-	if err != nil {
-		return nil, err // not a nil pointer in an interface
-	}
-	return k, nil
-}
 
 const reservedPortsPath = "/proc/sys/net/ipv4/ip_local_reserved_ports"
 
@@ -87,16 +54,19 @@ type earlier struct {
 // error it returns what could be read.
 func readEarlier(inspect func() (inspector, error), runDir string) (e earlier, err error) {
 	k, err := inspect()
+	if isNone(err) {
+		return e, nil
+	}
 	if err != nil {
 		return e, err
 	}
 	defer k.Close()
 	e.applied = k.Applied()
 	if e.exclusions, err = k.Exclusions(); err != nil {
-		return e, fmt.Errorf("read the pinned policy: %w", err)
+		return e, fmt.Errorf("read the policy in force: %w", err)
 	}
 	if e.attached, err = k.Attachments(); err != nil {
-		return e, fmt.Errorf("read the pinned policy: %w", err)
+		return e, fmt.Errorf("read the policy in force: %w", err)
 	}
 	switch file, err := ReadPolicyFile(runDir); {
 	case err == nil:
@@ -140,6 +110,17 @@ func (e earlier) nodes(path string) []policy.NodeAddr {
 		}
 	}
 	return nodes
+}
+
+// addrs are those that flows of the earlier agent may have.
+func (e earlier) addrs() []netip.Addr {
+	if e.file == nil {
+		return nil
+	}
+	return slices.DeleteFunc(ownAddrs(policy.Input{
+		HostAddrs: e.file.HostAddrs, RouteSources: e.file.RouteSources,
+		Devices: devices.Selection{Devices: e.file.Devices}.PolicyDevices(),
+	}), func(a netip.Addr) bool { return !a.IsValid() })
 }
 
 // memory is the size of the machine's memory; zero if it is not to be had.

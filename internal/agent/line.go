@@ -103,6 +103,9 @@ func (s Status) Degraded() []string {
 			add("%s flow table: %d of %d flows, more than %d %% full", f.name, f.flows, f.limit, fullPercent)
 		}
 	}
+	if c := s.Flows.Conntrack; c != nil && c.Entries*100 > c.Limit*fullPercent {
+		add("conntrack table: %d of %d connections, more than %d %% full", c.Entries, c.Limit, fullPercent)
+	}
 	if s.Agent.Ready && s.Sources.IPv4.none() && s.Sources.IPv6.none() {
 		add("no source range yet")
 	}

@@ -60,7 +60,7 @@ func healthy() Status {
 			IPv4: FamilySources{SourcesUsed, []policy.Rule{{Prefix: netip.MustParsePrefix("10.1.0.0/16")}}},
 			IPv6: FamilySources{State: SourcesUnused},
 		},
-		Flows: Flows{datapath.Usage{Flows: 90, Limit: 100}, datapath.Usage{Limit: 100}},
+		Flows: Flows{IPv4: datapath.Usage{Flows: 90, Limit: 100}, IPv6: datapath.Usage{Limit: 100}},
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/devices"
+	"bauta.dev/bauta/internal/iptables"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -60,14 +61,18 @@ var defaultTiming = timing{
 type loop struct {
 	cfg     config.Config
 	runDir  string
+	tier    string // of iptables mode
 	log     *slog.Logger
 	systemd *systemd
 	timing  timing
 	signals signals
 
 	kernel       backend
+	flows        flowKeeper                // nil: netfilter keeps them
+	inspect      func() (inspector, error) // what kernel made
 	readNetwork  func() (devices.Snapshot, error)
 	readReserved func() ([]config.PortRange, error)
+	readForeign  func(context.Context, []netip.Prefix) ([]iptables.ForeignRule, error) // nil: never
 	earlier      earlier
 
 	ipMasq  *ipMasqFile // nil: off
@@ -92,8 +97,9 @@ type loop struct {
 	walkAgain  bool        // and another is wanted
 	nextWalk   time.Time   // not before, by the clock alone
 	walked     chan walked // its result
-	portsError string      // why the pool is not what it should be
-	warned     []string    // that the log has
+	foreign    foreignRules
+	portsError string   // why the pool is not what it should be
+	warned     []string // that the log has
 
 	published atomic.Pointer[view]
 }
@@ -128,6 +134,8 @@ func (l *loop) run(ctx context.Context) error {
 	soon := func() { due.Reset(0) } // the watchers have collected bursts
 	l.walked = make(chan walked, 1)
 	defer l.awaitWalk()
+	l.foreign.found, l.foreign.due = make(chan foreignFound, 1), true
+	defer l.awaitForeign()
 	l.stale, l.force = allStale, true
 	for {
 		select {
@@ -152,13 +160,13 @@ func (l *loop) run(ctx context.Context) error {
 			l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
 			soon()
 		case <-resync.C:
-			l.stale, l.force = allStale, true
+			l.stale, l.force, l.foreign.due = allStale, true, true
 			soon()
 		case <-health.C:
-			// A detached link makes no news, unlike a removed qdisc. Packets leak
-			// until it is back.
-			if l.damaged() {
-				l.stale.network = true
+			// A detached link makes no news, unlike a removed qdisc, and neither do
+			// rules. Packets leak until they are back.
+			if l.damaged(ctx) {
+				l.stale.network, l.force = true, true
 				soon()
 			}
 		case <-patience.C:
@@ -180,11 +188,13 @@ func (l *loop) run(ctx context.Context) error {
 				confirm.Reset(l.timing.confirm)
 			}
 		case <-sweep.C:
-			if !time.Now().Before(l.nextWalk) {
+			if (l.flows != nil || l.sweepErr != nil) && !time.Now().Before(l.nextWalk) {
 				l.sweep(ctx)
 			}
 		case w := <-l.walked:
 			l.swept(ctx, w)
+		case f := <-l.foreign.found:
+			l.takeForeign(f)
 		case <-alive:
 			l.systemd.alive()
 		}
@@ -216,6 +226,7 @@ func (l *loop) reconcile(ctx context.Context, due *time.Timer) {
 		l.retry = 0
 	}
 	l.publish()
+	l.lookForForeign(ctx)
 }
 
 // follow reads the facts anew and applies the policy they make if it is another one.
@@ -223,8 +234,10 @@ func (l *loop) follow(ctx context.Context) error {
 	if err := l.read(); err != nil {
 		return err
 	}
-	if err := l.kernel.SetTunnels(tunnels(l.facts.network.Tunnels())); err != nil {
-		return err
+	if l.flows != nil {
+		if err := l.flows.SetTunnels(tunnels(l.facts.network.Tunnels())); err != nil {
+			return err
+		}
 	}
 	l.wanted = assemble(l.cfg, l.facts)
 	news := l.inForce == nil || !same(l.wanted.input, l.inForce.input)
@@ -282,10 +295,10 @@ func on(attached []datapath.Attachment, d policy.Device) bool {
 	return slices.ContainsFunc(attached, func(a datapath.Attachment) bool { return a.Index == d.Index && !a.Draining })
 }
 
-// damaged tells whether programs of the policy in force are no longer on their
-// device. After an error the retry looks at that anyway.
-func (l *loop) damaged() bool {
-	return l.inForce != nil && l.retry == 0 && !l.kernel.Healthy()
+// damaged tells whether programs or rules of the policy in force are no longer in
+// their place. After an error the retry looks at that anyway.
+func (l *loop) damaged(ctx context.Context) bool {
+	return l.inForce != nil && l.retry == 0 && !l.kernel.Healthy(ctx)
 }
 
 // settle notes that what is wanted is in force. Reasons may have changed even
@@ -345,8 +358,8 @@ func (l *loop) readPool() {
 		portRanges(l.facts.ports))
 }
 
-// attached are the devices with our programs on them. Before the first apply only
-// the pinned policy knows which of them masquerade and which drain.
+// attached are the devices that masquerade. Before the first apply only the policy
+// that an earlier agent left knows which of them masquerade and which drain.
 func (l *loop) attached() []datapath.Attachment {
 	if l.inForce == nil {
 		return l.earlier.attached

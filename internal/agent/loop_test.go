@@ -49,7 +49,7 @@ func newBench(t *testing.T, options ...string) *bench {
 	}
 	cfg := load(t, append(options, "pod-cidrs=10.1.0.0/16", "ip-masq-agent-config-path="+b.list)...)
 	b.loop = newLoop(cfg, Options{Reload: b.reload, Version: "test"}, dir, quiet)
-	b.loop.kernel = b.kernel
+	b.loop.kernel, b.loop.flows = b.kernel, b.kernel
 	b.readNetwork = func() (devices.Snapshot, error) {
 		b.mu.Lock()
 		defer b.mu.Unlock()

@@ -29,7 +29,8 @@ type PolicyFile struct {
 	PID     int       `json:"pid"`
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
-	Mode    string    `json:"mode"` // ModeBPF or ModeIPTables
+	Mode    string    `json:"mode"`           // ModeBPF or ModeIPTables
+	Tier    string    `json:"tier,omitempty"` // the backend of iptables mode
 
 	State4           SourceState             `json:"ipv4"`
 	State6           SourceState             `json:"ipv6"`
@@ -56,7 +57,7 @@ type PolicyFile struct {
 func newPolicyFile(w wanted) PolicyFile {
 	in := w.input
 	return PolicyFile{
-		Format: policyFormat, Mode: ModeBPF, State4: w.state4, State6: w.state6,
+		Format: policyFormat, Mode: w.mode, State4: w.state4, State6: w.state6,
 		Sources: in.Sources, Native: in.Native, NonMasq: in.NonMasq, Pods: in.Pods,
 		Nodes: in.Nodes, RemoteNodes: in.RemoteNodes, UnknownProtocols: in.UnknownProtocols,
 		HostAddrs: in.HostAddrs, Devices: w.selection.Devices, RouteSources: in.RouteSources,

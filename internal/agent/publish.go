@@ -40,7 +40,7 @@ func (l *loop) publish() {
 
 func (l *loop) policyFile(w wanted) PolicyFile {
 	f := newPolicyFile(w)
-	f.PID, f.Version, f.Started = l.agent.PID, l.agent.Version, l.agent.Started
+	f.PID, f.Version, f.Started, f.Tier = l.agent.PID, l.agent.Version, l.agent.Started, l.tier
 	if l.ipMasq != nil {
 		f.IPMasqAgent = l.ipMasq.status()
 	}
@@ -77,6 +77,10 @@ func (l *loop) warnings() []string {
 	for _, pattern := range l.wanted.selection.Unmatched {
 		list = append(list, fmt.Sprintf("devices: no device matches %s now: one that does will be attached when it appears", pattern))
 	}
+	if l.kernel != nil {
+		list = append(list, l.kernel.Warnings()...)
+	}
+	list = append(list, l.foreign.warnings...)
 	if l.cfg.IPv6 && l.facts.noIPv6 {
 		list = append(list, "IPv6: this kernel has none")
 	}

@@ -1,23 +1,25 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"time"
-
-	"bauta.dev/bauta/internal/datapath"
 )
 
 // ErrNothing says that there is neither an agent nor a data plane.
 var ErrNothing = errors.New("no agent and no data plane on this node")
 
 // ReadStatus returns the status of the running agent, or, with the agent down,
-// what the pinned objects and policy.json tell; then Agent.State is Down. Empty
+// what the kernel holds and policy.json tell; then Agent.State is Down. Empty
 // arguments mean the default places.
 func ReadStatus(bpfRoot, runDir string) (Status, error) {
-	return readStatus(orDefault(runDir, DefaultRunDir), func() (inspector, error) {
-		return inspectRoot(orDefault(bpfRoot, DefaultBPFRoot))
+	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
+	defer cancel()
+	runDir = orDefault(runDir, DefaultRunDir)
+	return readStatus(runDir, func() (inspector, error) {
+		return inspectNode(ctx, orDefault(bpfRoot, DefaultBPFRoot), runDir)
 	})
 }
 
@@ -40,7 +42,7 @@ func readStatus(runDir string, inspect func() (inspector, error)) (Status, error
 func offline(runDir string, inspect func() (inspector, error)) (Status, error) {
 	k, err := inspect()
 	switch {
-	case errors.Is(err, datapath.ErrNone):
+	case isNone(err):
 		return Status{}, ErrNothing
 	case err != nil:
 		return Status{}, err
@@ -62,7 +64,7 @@ func unexplained(k inspector, why error) (Status, error) {
 		return Status{}, fmt.Errorf("read exclusions: %w", err)
 	}
 	v := view{
-		file:     PolicyFile{Mode: ModeBPF},
+		file:     PolicyFile{Mode: modeOf(isFlowMeter(k))},
 		agent:    AgentStatus{State: Down},
 		warnings: []string{fmt.Sprintf("what the data plane was told is not known: %v", why)},
 	}

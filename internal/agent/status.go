@@ -159,8 +159,17 @@ type NodesStatus struct {
 
 // Flows is how full the flow tables are.
 type Flows struct {
-	IPv4 datapath.Usage `json:"ipv4"`
-	IPv6 datapath.Usage `json:"ipv6"`
+	IPv4 datapath.Usage `json:"ipv4,omitzero"` // eBPF mode only, as IPv6
+	IPv6 datapath.Usage `json:"ipv6,omitzero"`
+	// Conntrack is netfilter's table, in iptables mode.
+	Conntrack *ConntrackUsage `json:"conntrack,omitempty"`
+}
+
+// ConntrackUsage is how full netfilter's table of connections is. It has all those of the
+// network namespace, masqueraded or not.
+type ConntrackUsage struct {
+	Entries int `json:"entries"`
+	Limit   int `json:"limit"`
 }
 
 // PortsStatus is about external ports.

@@ -13,7 +13,7 @@ type walked struct {
 	err   error
 }
 
-// sweep starts a walk through the flow tables, beside the loop: with a million
+// sweep starts a walk through the flows, beside the loop: with a million
 // flows it takes longer than a policy may wait. One walk runs at a time.
 func (l *loop) sweep(ctx context.Context) {
 	if l.walking {
@@ -35,11 +35,11 @@ func (l *loop) swept(ctx context.Context, w walked) {
 		return
 	}
 	err := w.err
-	if err == nil {
-		err = l.kernel.Drain(w.swept)
+	if err == nil && l.flows != nil {
+		err = l.flows.Drain(w.swept)
 	}
 	if err != nil && (l.sweepErr == nil || l.sweepErr.Error() != err.Error()) {
-		l.log.Warn("sweep of the flow tables incomplete, retrying", "error", err, "after", l.timing.sweep)
+		l.log.Warn("sweep of the flows incomplete, retrying", "error", err, "after", l.timing.sweep)
 	}
 	l.sweepErr = err
 	if w.swept.Vanished > 0 {

@@ -107,6 +107,23 @@ func (s *Status) read(k inspector) error {
 	if err != nil {
 		return fmt.Errorf("read attachments: %w", err)
 	}
+	s.Datapath = DatapathStatus{Present: true, Applied: k.Applied(), Tier: k.Tier()}
+	s.addAttached(attached)
+	if m, ok := k.(conntrackMeter); ok {
+		used, err := m.Conntrack()
+		if err != nil {
+			return err
+		}
+		s.Flows.Conntrack = &used
+	}
+	if m, ok := k.(flowMeter); ok {
+		return s.readMeter(m, attached)
+	}
+	return nil
+}
+
+// readMeter adds what only the programs of eBPF mode count.
+func (s *Status) readMeter(k flowMeter, attached []datapath.Attachment) error {
 	usage, err := k.Usage()
 	if err != nil {
 		return fmt.Errorf("read flow tables: %w", err)
@@ -127,7 +144,6 @@ func (s *Status) read(k inspector) error {
 	if err != nil {
 		return fmt.Errorf("read counters: %w", err)
 	}
-	s.Datapath = DatapathStatus{Present: true, Applied: k.Applied(), Tier: k.Tier()}
 	s.Flows = Flows{IPv4: usage[0], IPv6: usage[1]}
 	s.Ports.Searches = &searches
 	if worst.Used > 0 {
@@ -137,7 +153,6 @@ func (s *Status) read(k inspector) error {
 		s.Warnings = append(s.Warnings, fmt.Sprintf("another masquerade is active: %d flows were already translated by netfilter "+
 			"(a MASQUERADE or DNAT rule) when they left; their ports are respected", n))
 	}
-	s.addAttached(attached)
 	s.addLeaks(attached, leaks, samples)
 	s.addCounts(counts)
 	return nil

@@ -43,7 +43,8 @@ SIGHUP reads the files again at once; they are watched anyway.`,
   bauta agent --config /etc/bauta/config.yaml`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if err := a.requireRoot(c, "run it with sudo or as a system service; in a container it needs the capabilities BPF, NET_ADMIN and PERFMON"); err != nil {
+			if err := a.requireRoot(c, "run it with sudo or as a system service; in a container it needs the capabilities BPF, NET_ADMIN and PERFMON",
+				"in iptables mode NET_ADMIN and NET_RAW are enough"); err != nil {
 				return err
 			}
 			src := config.Sources{Flags: opts.given(), Environ: a.Environ, File: files.file, Dir: files.dir}

@@ -14,7 +14,9 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/iptables"
 )
 
 // endTimeout is how long cleanup --force waits for the agent to end.
@@ -25,8 +27,9 @@ func (a *app) newCleanup() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove everything Bauta put on this node",
-		Long: `Remove everything Bauta put on this node: programs, tables, and the files of the
-run directory. Masquerading ends, and running masqueraded connections break.
+		Long: `Remove everything Bauta put on this node, in either mode: programs and tables;
+rules, chains and sets of both backends of iptables; and the files of the run
+directory. Masquerading ends, and running masqueraded connections break.
 
 It refuses while an agent runs there. Doing it twice is harmless.`,
 		Example: `  sudo systemctl stop bauta && sudo bauta cleanup
@@ -42,7 +45,7 @@ It refuses while an agent runs there. Doing it twice is harmless.`,
 			if err := a.withoutAgent(c.Context(), force); err != nil {
 				return err
 			}
-			return a.cleanup()
+			return a.cleanup(c.Context())
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "end an agent that runs there first")
@@ -144,13 +147,12 @@ func endProcess(ctx context.Context, pid int) error {
 	}
 }
 
-func (a *app) cleanup() error {
-	removed, err := datapath.Remove(a.bpfRoot)
-	if errors.Is(err, datapath.ErrBusy) {
-		// Not wrapped: its hints are for a second agent.
-		return hint(fmt.Errorf("cleanup: an agent holds %s", a.bpfRoot),
-			"it has another run directory than "+a.runDir+": give that with --run-dir, or stop the agent")
-	}
+// cleanup removes what there is of both modes. What stops one does not stop the others,
+// but the run directory tells which mode there was: it goes last.
+func (a *app) cleanup(ctx context.Context) error {
+	programs, programsErr := a.removePrograms()
+	rules, rulesErr := a.removeRules(ctx)
+	removed, err := append(programs, rules...), errors.Join(programsErr, rulesErr)
 	if err == nil {
 		var files []string
 		files, err = removeRunFiles(a.runDir)
@@ -160,14 +162,46 @@ func (a *app) cleanup() error {
 		return a.print("Nothing to remove\n")
 	}
 	for _, what := range removed {
-		if !strings.ContainsAny(what, "/ ") { // the name of a pin
-			what = filepath.Join(a.bpfRoot, what)
-		}
 		if err := a.printf("Removed %s\n", what); err != nil {
 			return err
 		}
 	}
 	return err
+}
+
+// removePrograms removes what eBPF mode has in the kernel.
+func (a *app) removePrograms() ([]string, error) {
+	removed, err := datapath.Remove(a.bpfRoot)
+	if errors.Is(err, datapath.ErrBusy) {
+		return nil, a.held(a.bpfRoot)
+	}
+	for i, what := range removed {
+		if !strings.ContainsAny(what, "/ ") { // the name of a pin
+			removed[i] = filepath.Join(a.bpfRoot, what)
+		}
+	}
+	return removed, err
+}
+
+// removeRules removes what iptables mode has in the kernel. Without its programs, which
+// eBPF mode does not need, there is nobody who could look.
+func (a *app) removeRules(ctx context.Context) ([]string, error) {
+	removed, err := agent.RemoveRules(ctx)
+	switch {
+	case errors.Is(err, agent.ErrBusy):
+		return nil, a.held("the rules of this network namespace")
+	case errors.Is(err, iptables.ErrNoBinary):
+		fmt.Fprintf(a.Stderr, "note: rules and sets of iptables mode were not looked for: %s\n", oneLine(err.Error()))
+		return removed, nil
+	}
+	return removed, err
+}
+
+// held is the error about an agent elsewhere. It wraps nothing: the hints of what it stands
+// for are for a second agent.
+func (a *app) held(what string) error {
+	return hint(fmt.Errorf("cleanup: an agent holds %s", what),
+		"it has another run directory than "+a.runDir+": give that with --run-dir, or stop the agent")
 }
 
 // removeRunFiles removes what the agent left in its run directory, and the

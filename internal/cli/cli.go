@@ -19,6 +19,7 @@ import (
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/iptables"
 )
 
 // Exit statuses.
@@ -129,6 +130,9 @@ func hints(err error) []string {
 		all = append(all, e.Hints...)
 	}
 	if e, ok := errors.AsType[*datapath.Error](err); ok {
+		all = append(all, e.Hints...)
+	}
+	if e, ok := errors.AsType[*iptables.Error](err); ok {
 		all = append(all, e.Hints...)
 	}
 	return all

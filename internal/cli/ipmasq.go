@@ -1,12 +1,13 @@
 package cli
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 
 	"github.com/spf13/cobra"
 
-	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -14,11 +15,12 @@ func (a *app) newIPMasqList() *cobra.Command {
 	var f *format
 	c := list("List the destinations that are not masqueraded",
 		`List the non-masquerade prefixes of the ip-masq-agent list, as the kernel holds
-them. Those of a family that is off are not listed.`,
+them: in iptables mode in sets, or in rules without ipset. Those of a family that
+is off are not listed.`,
 		`  bauta bpf ipmasq list
   bauta bpf ipmasq list -o json`,
-		func() error {
-			return a.inspect(func(in *datapath.Inspector) error {
+		func(ctx context.Context) error {
+			return a.inspect(ctx, func(in agent.Reader) error {
 				prefixes, err := in.Exclusions()
 				if err != nil {
 					return err

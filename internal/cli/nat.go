@@ -2,6 +2,7 @@ package cli
 
 import (
 	"cmp"
+	"context"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/datapath"
 )
 
@@ -36,13 +38,17 @@ func (a *app) newNATList() *cobra.Command {
 	var all bool
 	c := list("List the mappings of masqueraded flows",
 		`List the mappings of masqueraded flows, a line for each direction. With ICMP the
-identifier stands as the port; protocols without ports have port 0.`,
+identifier stands as the port; protocols without ports have port 0.
+
+In iptables mode they are netfilter's connections from the source ranges. It knows
+their age and counts their packets only if the sysctls nf_conntrack_timestamp and
+nf_conntrack_acct in net.netfilter are 1; without them these are 0.`,
 		`  bauta bpf nat list
   bauta bpf nat list --pod 10.0.1.99 --proto udp
   bauta bpf nat list --remote 1.1.1.1:443 -o json
   bauta bpf nat list --remote [2001:db8::1]:443`,
-		func() error {
-			return a.inspect(func(in *datapath.Inspector) error {
+		func(ctx context.Context) error {
+			return a.inspect(ctx, func(in agent.Reader) error {
 				var mappings []datapath.Mapping
 				for _, one := range filter.filters(all) {
 					found, err := in.Mappings(one)
@@ -81,7 +87,7 @@ that gets another port or address by that resets it.`,
 			if err := a.requireRoot(c, "try sudo "+c.CommandPath()); err != nil {
 				return err
 			}
-			return a.inspect(func(in *datapath.Inspector) error {
+			return a.inspect(c.Context(), func(in agent.Reader) error {
 				flushed := 0
 				for _, one := range filter.filters(false) {
 					n, err := in.Flush(one)

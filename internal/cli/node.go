@@ -2,13 +2,13 @@ package cli
 
 import (
 	"cmp"
+	"context"
 	"net/netip"
 	"slices"
 
 	"github.com/spf13/cobra"
 
 	"bauta.dev/bauta/internal/agent"
-	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -27,8 +27,8 @@ func (a *app) newNodeList() *cobra.Command {
 with the names that the agent knew them by.`,
 		`  bauta bpf node list
   bauta bpf node ls -o yaml`,
-		func() error {
-			return a.inspect(func(in *datapath.Inspector) error {
+		func(ctx context.Context) error {
+			return a.inspect(ctx, func(in agent.Reader) error {
 				addrs, err := in.NodeAddrs()
 				if err != nil {
 					return err

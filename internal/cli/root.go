@@ -15,9 +15,10 @@ func newRoot(env Env) *cobra.Command {
 	a := &app{Env: env}
 	root := group("bauta", "Masquerade what leaves this node, with eBPF", `Bauta source-NATs the traffic of pods, containers and virtual machines that
 leaves a Linux node. It translates in eBPF programs on the node's external
-devices, beside any CNI or none.
+devices, or with enable-bpf-masquerade=false in rules of iptables, beside any CNI
+or none.
 
-The programs stay and go on working when the agent is down; only
+Programs and rules stay and go on working when the agent is down; only
 'bauta cleanup' takes them away. Every command that reads works with or without
 an agent.`,
 		a.newAgent(), a.newStatus(), a.newBPF(), a.newConfig(), a.newCleanup(), a.newDemo(), a.newVersion(), a.newCompletion())

@@ -18,7 +18,7 @@ func (a *app) newStatus() *cobra.Command {
 		Long: `Show what is running: the masquerading in force, the agent, devices, source
 ranges, files, flows, ports, drops and warnings.
 
-With the agent down it reads what the agent left pinned. The exit status is 0 if
+With the agent down it reads what that left in the kernel. The exit status is 0 if
 all is well, 3 if something is degraded, and 1 if there is neither an agent nor a
 data plane.`,
 		Example: `  bauta status

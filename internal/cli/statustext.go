@@ -38,14 +38,16 @@ func statusText(st agent.Status) string {
 		{"Masquerading", st.Line()},
 		{"Health", healthText(st)},
 		{"Agent", agentText(st.Agent)},
-		{"Data plane", datapathText(st.Datapath)},
+		{"Data plane", datapathText(st)},
 		{"Devices", deviceText(st.Devices)},
 		{"Sources", table(sourceRow("IPv4", st.Sources.IPv4), sourceRow("IPv6", st.Sources.IPv6))},
 		{"ip-masq-agent", ipMasqText(st.IPMasqAgent)},
 		{"Nodes", nodesText(st.Nodes)},
-		{"Flows", table(flowRow("IPv4", st.Flows.IPv4), flowRow("IPv6", st.Flows.IPv6))},
+		{"Flows", flowText(st)},
 		{"Ports", portText(st.Ports)},
-		{"Drops", dropText(st.Drops)},
+	}
+	if st.Masquerading.Mode != agent.ModeIPTables { // netfilter counts none by reason
+		list = append(list, block{"Drops", dropText(st.Drops)})
 	}
 	if st.Leaks.Sentinel || st.Leaks.Packets > 0 {
 		list = append(list, block{"Leaks", leakText(st.Leaks)})
@@ -93,14 +95,18 @@ func agentText(ag agent.AgentStatus) string {
 	return text
 }
 
-func datapathText(d agent.DatapathStatus) string {
+func datapathText(st agent.Status) string {
+	d, what := st.Datapath, "pinned"
+	if st.Masquerading.Mode == agent.ModeIPTables {
+		what = "rules"
+	}
 	switch {
 	case !d.Present:
 		return "none"
 	case !d.Applied:
-		return columns("pinned, without a policy", d.Tier)
+		what += ", without a policy"
 	}
-	return columns("pinned", d.Tier)
+	return columns(what, d.Tier)
 }
 
 // columns joins what is not empty.
@@ -195,6 +201,17 @@ func joinLines(parts ...string) string {
 		parts[i] = strings.TrimSuffix(parts[i], "\n")
 	}
 	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), "\n")
+}
+
+// flowText is how full the tables are: the one that the mode has.
+func flowText(st agent.Status) string {
+	if c := st.Flows.Conntrack; c != nil {
+		return fmt.Sprintf("netfilter's   %d/%d connections of all kinds", c.Entries, c.Limit)
+	}
+	if st.Masquerading.Mode == agent.ModeIPTables {
+		return "netfilter's"
+	}
+	return table(flowRow("IPv4", st.Flows.IPv4), flowRow("IPv6", st.Flows.IPv6))
 }
 
 func flowRow(family string, u datapath.Usage) []string {

@@ -151,7 +151,22 @@ func ailing() agent.Status {
 	return st
 }
 
+// withRules is a healthy node in iptables mode.
+func withRules() agent.Status {
+	st := healthy()
+	st.Masquerading.Mode = agent.ModeIPTables
+	st.Datapath.Tier = "iptables-nft"
+	st.Devices = []agent.DeviceStatus{
+		{Name: "eth0", Index: 2, State: agent.DeviceAttached, Hook: agent.HookIPTables, IPv4: netip.MustParseAddr("10.0.2.15")},
+	}
+	st.Flows = agent.Flows{Conntrack: &agent.ConntrackUsage{Entries: 512, Limit: 262144}}
+	st.Ports.Worst, st.Ports.Searches, st.Drops = nil, nil, map[string]uint64{}
+	st.Warnings = []string{"another masquerade rule matches our sources too: IPv4, table nat, chain POSTROUTING: -s 10.0.0.0/8 -j MASQUERADE"}
+	return st
+}
+
 func TestStatusText(t *testing.T) {
+	golden(t, "testdata/golden/status-iptables.txt", statusText(withRules()))
 	off := agent.Status{Agent: agent.AgentStatus{State: agent.Running, PID: 1, Ready: true}, Datapath: agent.DatapathStatus{Present: true, Applied: true},
 		Sources: agent.Sources{IPv4: agent.FamilySources{State: agent.SourcesOff}, IPv6: agent.FamilySources{State: agent.SourcesOff}}}
 	golden(t, "testdata/golden/status-healthy.txt", statusText(healthy()))

@@ -95,6 +95,9 @@ func (c *Config) warn() {
 			c.Warnings = append(c.Warnings, fmt.Sprintf("%s has no effect: %s is false", c.describe(o.Name), need.name))
 		}
 	}
+	if len(c.Devices) > 0 && len(c.EgressInterfaces) > 0 && !c.Devices.same(c.EgressInterfaces) { // iptables mode: see checkDevices
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s has no effect: egress-masquerade-interfaces is given too", c.describe("devices")))
+	}
 	for _, r := range slices.Concat(c.Native4, c.Native6) {
 		if r.Prefix.Bits() == 0 {
 			c.Warnings = append(c.Warnings, fmt.Sprintf("%s %s: nothing of this family is masqueraded", r.Origin, r.Prefix))

@@ -169,7 +169,8 @@ func (c Config) NativeRules(pods []policy.Rule) []policy.Rule {
 }
 
 // MasqueradeDevices returns which devices the user named; empty: detect them. In
-// eBPF mode devices and egress-masquerade-interfaces mean the same.
+// eBPF mode devices and egress-masquerade-interfaces mean the same; in iptables mode
+// the latter wins.
 func (c Config) MasqueradeDevices() DeviceFilter {
 	if len(c.EgressInterfaces) > 0 {
 		return c.EgressInterfaces

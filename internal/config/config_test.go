@@ -113,7 +113,14 @@ func TestDevices(t *testing.T) {
 	if c.MasqueradeDevices().String() != "eth1,eth0" {
 		t.Errorf("both, the same: %s", c.MasqueradeDevices())
 	}
-	load(t, "masquerade-forwarded=true devices=eth0 egress-masquerade-interfaces=eth1 enable-bpf-masquerade=false")
+	c = load(t, "masquerade-forwarded=true devices=eth0 egress-masquerade-interfaces=eth1,wlan+ enable-bpf-masquerade=false")
+	if c.MasqueradeDevices().String() != "eth1,wlan+" || len(c.Warnings) != 1 || !strings.HasPrefix(c.Warnings[0], `devices "eth0" (flag --devices) has no effect`) {
+		t.Errorf("both in iptables mode: %s, %q", c.MasqueradeDevices(), c.Warnings)
+	}
+	c = load(t, "masquerade-forwarded=true devices=eth0 egress-masquerade-interfaces=eth0 enable-bpf-masquerade=false")
+	if len(c.Warnings) != 0 {
+		t.Errorf("both the same in iptables mode: %q", c.Warnings)
+	}
 }
 
 func TestPorts(t *testing.T) {

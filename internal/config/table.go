@@ -31,7 +31,7 @@ var options = []Option{
 		Usage: "devices to masquerade on: names, prefixes (eth+), excludes (!eth1); auto detects them",
 		set:   setDevices(func(c *Config) *DeviceFilter { return &c.Devices })},
 	{Name: "egress-masquerade-interfaces", Kind: List, Group: groupMasq,
-		Usage: "Cilium's name for devices in iptables mode; in eBPF mode the same as devices",
+		Usage: "Cilium's name for devices in iptables mode, where it wins over devices; in eBPF mode the same as devices",
 		set:   setDevices(func(c *Config) *DeviceFilter { return &c.EgressInterfaces })},
 	{Name: "pod-cidrs", Kind: List, Group: groupMasq,
 		Usage: "source ranges to masquerade, IPv4 and IPv6",

@@ -1,0 +1,179 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/conntrack"
+	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/iptables"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// HookIPTables is the hook of a device that rules masquerade on.
+const HookIPTables datapath.Hook = "iptables"
+
+// ruleSet is what iptables mode needs of iptables.Tables.
+type ruleSet interface {
+	Apply(context.Context, *policy.Policy) error
+	Check(context.Context) (changed string, err error)
+	Warnings() []string
+	Backend() iptables.Backend
+}
+
+// checkPause is between two looks at the rules: somebody else's flush is healed within 5 s.
+const checkPause = 2 * time.Second
+
+// netfilter is the data plane of iptables mode.
+type netfilter struct {
+	rules ruleSet
+	lock  io.Closer
+	log   *slog.Logger
+	flows func(context.Context, conntrack.Filter) ([]conntrack.Flow, error)
+	end   func(context.Context, []conntrack.Flow) (int, error)
+
+	checked  time.Time // when the last look ended
+	attached []datapath.Attachment
+
+	mu      sync.Mutex
+	sources []netip.Prefix
+	had     map[netip.Addr]bool // addresses that flows may have; false: no longer on the node
+}
+
+// openNetfilter finds the binaries and takes possession of the rules of this network
+// namespace. It changes nothing in the kernel.
+func openNetfilter(cfg config.Config, log *slog.Logger) (*netfilter, error) {
+	lock, err := claimRules()
+	if err != nil {
+		return nil, err
+	}
+	tables, err := iptables.Open(iptables.Options{LockTimeout: cfg.IPTablesLockTimeout, RandomFully: cfg.IPTablesRandomFully, Log: log})
+	if err != nil {
+		lock.Close()
+		if errors.Is(err, iptables.ErrNoBinary) {
+			err = &Error{err, []string{"or masquerade with eBPF, which needs no other program: enable-bpf-masquerade=true"}}
+		}
+		return nil, err
+	}
+	return &netfilter{rules: tables, lock: lock, log: log, flows: conntrack.List, end: conntrack.Delete, had: make(map[netip.Addr]bool)}, nil
+}
+
+// expect says which addresses flows of an earlier agent may have.
+func (n *netfilter) expect(addrs []netip.Addr) {
+	for _, a := range addrs {
+		n.had[a] = false
+	}
+}
+
+func (n *netfilter) Close() error { return n.lock.Close() }
+
+func (n *netfilter) Warnings() []string { return n.rules.Warnings() }
+
+// tier names the backend, as the kernel tier of eBPF mode stands in the status.
+func (n *netfilter) tier() string { return tierOf(n.rules.Backend()) }
+
+func tierOf(b iptables.Backend) string {
+	if b == "" {
+		return ""
+	}
+	return "iptables-" + string(b)
+}
+
+func (n *netfilter) Apply(ctx context.Context, p *policy.Policy) error {
+	if err := n.rules.Apply(ctx, p); err != nil {
+		return err
+	}
+	n.checked = time.Now()
+	in := p.Input()
+	n.attached = nil
+	for _, d := range in.Devices {
+		n.attached = append(n.attached, datapath.Attachment{Device: d.Name, Index: d.Index, Hook: HookIPTables})
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.sources = prefixes(in.Sources)
+	for a := range n.had {
+		n.had[a] = false
+	}
+	for _, a := range ownAddrs(in) {
+		if a.IsValid() {
+			n.had[a] = true
+		}
+	}
+	return nil
+}
+
+func (n *netfilter) Attached() []datapath.Attachment { return slices.Clone(n.attached) }
+
+// Healthy compares the rules in the kernel with those applied, every checkPause. What
+// can't be compared is applied again: then the error shows.
+func (n *netfilter) Healthy(ctx context.Context) bool {
+	if time.Since(n.checked) < checkPause {
+		return true
+	}
+	changed, err := n.rules.Check(ctx)
+	n.checked = time.Now()
+	switch {
+	case ctx.Err() != nil:
+		return true
+	case err != nil:
+		n.log.Warn("rules not checked, applying them again", "error", err)
+	case changed != "":
+		n.log.Warn("rules were changed by others, applying them again", "what", changed)
+	}
+	return err == nil && changed == ""
+}
+
+// Walk ends the flows that were translated to an address that has left the node: netfilter
+// would keep them. It runs in another goroutine than Apply.
+func (n *netfilter) Walk(ctx context.Context) (datapath.Swept, error) {
+	start := time.Now()
+	sources, gone := n.gone()
+	if len(gone) == 0 {
+		return datapath.Swept{}, nil
+	}
+	flows, err := n.flows(ctx, conntrack.Filter{Sources: sources, Translated: true})
+	if err != nil {
+		return datapath.Swept{}, fmt.Errorf("list flows: %w", err)
+	}
+	flows = slices.DeleteFunc(flows, func(f conntrack.Flow) bool {
+		return !f.SNAT || !gone[f.Xlate.Addr()] || !within(sources, f.Src.Addr())
+	})
+	ended, err := n.end(ctx, flows)
+	if err != nil {
+		return datapath.Swept{}, fmt.Errorf("end flows of an address that has left: %w", err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for a := range gone {
+		if !n.had[a] { // it has not come back in between
+			delete(n.had, a)
+		}
+	}
+	return datapath.Swept{Vanished: ended, Took: time.Since(start)}, nil
+}
+
+// gone are the addresses that flows may have and the node has no longer.
+func (n *netfilter) gone() (sources []netip.Prefix, gone map[netip.Addr]bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	gone = make(map[netip.Addr]bool)
+	for a, here := range n.had {
+		if !here {
+			gone[a] = true
+		}
+	}
+	return n.sources, gone
+}
+
+func within(ranges []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(a) })
+}
