@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -58,9 +57,6 @@ func openNetfilter(cfg config.Config, log *slog.Logger) (*netfilter, error) {
 	tables, err := iptables.Open(iptables.Options{LockTimeout: cfg.IPTablesLockTimeout, RandomFully: cfg.IPTablesRandomFully, Log: log})
 	if err != nil {
 		lock.Close()
-		if errors.Is(err, iptables.ErrNoBinary) {
-			err = &Error{err, []string{"or masquerade with eBPF, which needs no other program: enable-bpf-masquerade=true"}}
-		}
 		return nil, err
 	}
 	return &netfilter{rules: tables, lock: lock, log: log, flows: conntrack.List, end: conntrack.Delete, had: make(map[netip.Addr]bool)}, nil

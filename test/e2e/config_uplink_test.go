@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"bauta.dev/bauta/internal/agent"
-	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
 )
@@ -153,12 +152,16 @@ func (n *node) awaitOK() agent.Status {
 
 // inKernel are the non-masquerade prefixes that packets meet now.
 func (n *node) inKernel() (string, error) {
-	k, err := datapath.Inspect(n.bpfRoot)
-	if err != nil {
-		return "", err
-	}
-	defer k.Close()
-	prefixes, err := k.Exclusions()
+	var prefixes []netip.Prefix
+	err := n.Node.Do(func() error {
+		k, err := agent.Inspect(n.t.Context(), n.bpfRoot, n.runDir)
+		if err != nil {
+			return err
+		}
+		defer k.Close()
+		prefixes, err = k.Exclusions()
+		return err
+	})
 	texts := make([]string, len(prefixes))
 	for i, p := range prefixes {
 		texts[i] = p.String()

@@ -100,7 +100,10 @@ func (n *node) waitReady() {
 		if n.agent.ended() {
 			n.t.Fatalf("agent ended: %v", n.agent.err)
 		}
-		st, err := agent.ReadStatus(n.bpfRoot, n.runDir)
+		if _, err := os.Stat(filepath.Join(n.runDir, "agent.sock")); err != nil {
+			return err // without it the status is what others left, and looking that up takes long
+		}
+		st, err := n.readStatus()
 		switch {
 		case err != nil:
 			return err

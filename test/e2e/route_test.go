@@ -47,59 +47,65 @@ func TestRouteSource(t *testing.T) {
 	for _, c := range routeCases {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t, lab.Options{})
-			via := func(dst netip.Prefix, src netip.Addr) lab.Route {
-				return lab.Route{Dst: dst, Via: c.world(n), Dev: "eth0", Src: src}
-			}
-			// On lo they are not what the device would masquerade with.
-			for _, a := range c.srcs {
-				must(t, n.Node.AddAddr("lo", netip.PrefixFrom(a, c.length)))
-			}
-			must(t, n.Node.AddRoute(via(c.a, c.srcs[0]))) // before the start
-			n.start(podCIDRs, "--enable-masquerade-to-route-source")
-			up := n.tapWorld()
-			up.want(c.inA, c.srcs[0])
-			up.want(c.outside, c.node(n))
-
-			none := netip.Addr{}
-			var took []time.Duration
-			change := func(what string, do error, dst, src netip.Addr) {
-				t.Helper()
-				must(t, do)
-				start := time.Now()
-				up.await(dst, src)
-				took = append(took, time.Since(start))
-				if time.Since(start) > 5*time.Second {
-					t.Errorf("%s: followed after %v", what, time.Since(start))
-				}
-			}
-			// A longer route without a source has the device's address.
-			change("a longer route", n.Node.AddRoute(via(c.b, none)), c.inB, c.node(n))
-			change("one longer still", n.Node.AddRoute(via(c.c, c.srcs[1])), c.inC, c.srcs[1])
-			up.want(c.inB, c.node(n))
-			up.want(c.inA, c.srcs[0])
-			change("default route", n.Node.AddRoute(via(c.all, c.srcs[2])), c.outside, c.srcs[2])
-			up.want(c.inA, c.srcs[0])
-			up.want(c.inB, c.node(n))
-			must(t, n.Node.DelRoute(via(c.a, c.srcs[0])))
-			change("other source", n.Node.AddRoute(via(c.a, c.srcs[3])), c.inA, c.srcs[3])
-			change("route deleted", n.Node.DelRoute(via(c.c, c.srcs[1])), c.inC, c.node(n))
-
-			// The source leaves the node: so do its mappings, and with IPv4 the route.
-			rest := c.srcs[2]
-			if c.keepsRoute {
-				rest = c.node(n)
-			}
-			change("source deleted", n.Node.DelAddr("lo", netip.PrefixFrom(c.srcs[3], c.length)), c.inA, rest)
-			within1s(t, "mappings of the source gone", n.awaitNoMappingOf(c.srcs[3]))
-			within1s(t, "route changes followed", took...)
-
-			n.restart()
-			up.want(c.outside, c.srcs[2])
-			n.restart("--enable-masquerade-to-route-source=false")
-			up.want(c.outside, c.node(n))
+			testRouteSource(newNode(t, lab.Options{}), c)
 		})
 	}
+}
+
+// testRouteSource starts the agent with further options, those of a mode.
+func testRouteSource(n *node, c routeCase, options ...string) {
+	t := n.t
+	t.Helper()
+	via := func(dst netip.Prefix, src netip.Addr) lab.Route {
+		return lab.Route{Dst: dst, Via: c.world(n), Dev: "eth0", Src: src}
+	}
+	// On lo they are not what the device would masquerade with.
+	for _, a := range c.srcs {
+		must(t, n.Node.AddAddr("lo", netip.PrefixFrom(a, c.length)))
+	}
+	must(t, n.Node.AddRoute(via(c.a, c.srcs[0]))) // before the start
+	n.start(append(options, podCIDRs, "--enable-masquerade-to-route-source")...)
+	up := n.tapWorld()
+	up.want(c.inA, c.srcs[0])
+	up.want(c.outside, c.node(n))
+
+	none := netip.Addr{}
+	var took []time.Duration
+	change := func(what string, do error, dst, src netip.Addr) {
+		t.Helper()
+		must(t, do)
+		start := time.Now()
+		up.await(dst, src)
+		took = append(took, time.Since(start))
+		if time.Since(start) > 5*time.Second {
+			t.Errorf("%s: followed after %v", what, time.Since(start))
+		}
+	}
+	// A longer route without a source has the device's address.
+	change("a longer route", n.Node.AddRoute(via(c.b, none)), c.inB, c.node(n))
+	change("one longer still", n.Node.AddRoute(via(c.c, c.srcs[1])), c.inC, c.srcs[1])
+	up.want(c.inB, c.node(n))
+	up.want(c.inA, c.srcs[0])
+	change("default route", n.Node.AddRoute(via(c.all, c.srcs[2])), c.outside, c.srcs[2])
+	up.want(c.inA, c.srcs[0])
+	up.want(c.inB, c.node(n))
+	must(t, n.Node.DelRoute(via(c.a, c.srcs[0])))
+	change("other source", n.Node.AddRoute(via(c.a, c.srcs[3])), c.inA, c.srcs[3])
+	change("route deleted", n.Node.DelRoute(via(c.c, c.srcs[1])), c.inC, c.node(n))
+
+	// The source leaves the node: so do its mappings, and with IPv4 the route.
+	rest := c.srcs[2]
+	if c.keepsRoute {
+		rest = c.node(n)
+	}
+	change("source deleted", n.Node.DelAddr("lo", netip.PrefixFrom(c.srcs[3], c.length)), c.inA, rest)
+	within1s(t, "mappings of the source gone", n.awaitNoMappingOf(c.srcs[3]))
+	within1s(t, "route changes followed", took...)
+
+	n.restart()
+	up.want(c.outside, c.srcs[2])
+	n.restart("--enable-masquerade-to-route-source=false")
+	up.want(c.outside, c.node(n))
 }
 
 // await sends until a new flow has the source.
