@@ -75,7 +75,7 @@ func (l *loop) warnings() []string {
 		list = append(list, fmt.Sprintf("device %s is missing: it will be attached when it appears", name))
 	}
 	for _, pattern := range l.wanted.selection.Unmatched {
-		list = append(list, fmt.Sprintf("devices: no device matches %s now: one that does will be attached when it appears", pattern))
+		list = append(list, fmt.Sprintf("%s: no device matches %s now: one that does will be attached when it appears", l.devicesOption(), pattern))
 	}
 	if l.kernel != nil {
 		list = append(list, l.kernel.Warnings()...)
@@ -88,6 +88,14 @@ func (l *loop) warnings() []string {
 		list = append(list, l.writeErr.Error())
 	}
 	return list
+}
+
+// devicesOption is the option that names the devices.
+func (l *loop) devicesOption() string {
+	if len(l.cfg.EgressInterfaces) > 0 {
+		return "egress-masquerade-interfaces"
+	}
+	return "devices"
 }
 
 // logWarnings logs each warning when it comes up.

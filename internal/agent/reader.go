@@ -148,14 +148,36 @@ func (r *ruleInspector) Conntrack() (u ConntrackUsage, err error) {
 }
 
 // RemoveRules takes the rules, chains and sets of iptables mode away, of both backends. It
-// returns what it removed, for people to read. ErrBusy: an agent owns them.
-func RemoveRules(ctx context.Context) (removed []string, err error) {
+// returns what it removed and what it could not look for, for people to read. ErrBusy: an
+// agent owns them.
+func RemoveRules(ctx context.Context) (removed, notes []string, err error) {
 	lock, err := claimRules()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer lock.Close()
-	return iptables.Remove(ctx, iptables.Options{})
+	removed, err = iptables.Remove(ctx, iptables.Options{})
+	return removed, unseen(), err
+}
+
+// legacyTablesPaths list the tables of the legacy backend in this network namespace.
+var legacyTablesPaths = []string{"/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"}
+
+// unseen says which rules there may be that no program here can show.
+func unseen() []string {
+	lacks := func(b iptables.Backend) bool {
+		_, err := iptables.Open(iptables.Options{Backend: b})
+		return errors.Is(err, iptables.ErrNoBinary)
+	}
+	switch {
+	case !lacks(iptables.Legacy):
+		return nil
+	case lacks(iptables.NFT):
+		return []string{"iptables is not installed: rules of iptables mode were not looked for"}
+	case slices.ContainsFunc(legacyTablesPaths, func(path string) bool { names, err := os.ReadFile(path); return err == nil && len(names) > 0 }):
+		return []string{"iptables-legacy is not installed, but the kernel has tables of it: rules there were not looked for"}
+	}
+	return nil
 }
 
 // sourceRanges are the masquerade source ranges of a policy.

@@ -16,7 +16,6 @@ import (
 
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/datapath"
-	"bauta.dev/bauta/internal/iptables"
 )
 
 // endTimeout is how long cleanup --force waits for the agent to end.
@@ -184,15 +183,14 @@ func (a *app) removePrograms() ([]string, error) {
 }
 
 // removeRules removes what iptables mode has in the kernel. Without its programs, which
-// eBPF mode does not need, there is nobody who could look.
+// eBPF mode does not need, nobody can look for it.
 func (a *app) removeRules(ctx context.Context) ([]string, error) {
-	removed, err := agent.RemoveRules(ctx)
-	switch {
-	case errors.Is(err, agent.ErrBusy):
+	removed, notes, err := agent.RemoveRules(ctx)
+	if errors.Is(err, agent.ErrBusy) {
 		return nil, a.held("the rules of this network namespace")
-	case errors.Is(err, iptables.ErrNoBinary):
-		fmt.Fprintf(a.Stderr, "note: rules and sets of iptables mode were not looked for: %s\n", oneLine(err.Error()))
-		return removed, nil
+	}
+	for _, n := range notes {
+		fmt.Fprintf(a.Stderr, "note: %s\n", oneLine(n))
 	}
 	return removed, err
 }

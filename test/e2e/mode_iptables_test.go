@@ -105,13 +105,13 @@ func (n *node) masqueraded(w *uplink) {
 func TestIPTablesMode(t *testing.T) {
 	inEachBackend(t, lab.Options{SecondUplink: true}, func(t *testing.T, n *node, backend string) {
 		list := n.writeList("198.51.100.0/24", "2001:db8:99::/64")
-		nodes := n.write("nodes", "203.0.113.77 node7 ExternalIP\n")
+		nodes := n.write("nodes", "198.18.5.77 node7 ExternalIP\n")
 		n.start(iptablesMode, podCIDRs, "--egress-masquerade-interfaces=eth0,wlan+", "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+list,
 			"--nodes-file="+nodes, "--nat-timeout-udp=10s")
 		w, wire := n.tapWorld(), n.watchWire(netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8:99::1"),
-			netip.MustParseAddr("203.0.113.77"), netip.MustParseAddr("198.51.101.1"))
+			netip.MustParseAddr("198.18.5.77"), netip.MustParseAddr("198.51.101.1"))
 		n.masqueraded(w)
-		for _, excluded := range []string{"198.51.100.1", "2001:db8:99::1", "203.0.113.77"} {
+		for _, excluded := range []string{"198.51.100.1", "2001:db8:99::1", "198.18.5.77"} {
 			a := netip.MustParseAddr(excluded)
 			w.want(a, n.PodAddrs[0].Of(a))
 		}
@@ -139,7 +139,7 @@ func TestIPTablesMode(t *testing.T) {
 			t.Errorf("status --brief: %q", out)
 		}
 		n.wantList("169.254.0.0/16 198.51.100.0/24 2001:db8:99::/64 fe80::/10")
-		if out := n.cli("bpf", "node", "list"); !strings.Contains(out, "203.0.113.77   node7   ExternalIP") {
+		if out := n.cli("bpf", "node", "list"); !strings.Contains(out, "198.18.5.77   node7   ExternalIP") {
 			t.Errorf("bpf node list:\n%s", out)
 		}
 
@@ -209,7 +209,7 @@ func firstOwnRule(save string) string {
 func TestIPTablesModeWithAgentDown(t *testing.T) {
 	inEachBackend(t, lab.Options{}, func(t *testing.T, n *node, _ string) {
 		list := n.writeList("198.51.100.0/24")
-		n.start(iptablesMode, podCIDRs, "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+list, "--nodes-file="+n.write("nodes", "203.0.113.77 node7\n"))
+		n.start(iptablesMode, podCIDRs, "--enable-ip-masq-agent", "--ip-masq-agent-config-path="+list, "--nodes-file="+n.write("nodes", "198.18.5.77 node7\n"))
 		w := n.tapWorld()
 		echo := server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4))
 		conn, seen := n.talk(0, echo, 40001)
