@@ -28,8 +28,9 @@ type ruleSet interface {
 	Backend() iptables.Backend
 }
 
-// checkPause is between two looks at the rules: somebody else's flush is healed within 5 s.
-const checkPause = 2 * time.Second
+// checkPause is from one look at the rules to the next: somebody else's flush is healed
+// within 5 s. With many rules a look takes long; looks take a quarter of the time at most.
+const checkPause, checkShare = 2 * time.Second, 4
 
 // netfilter is the data plane of iptables mode.
 type netfilter struct {
@@ -39,7 +40,8 @@ type netfilter struct {
 	flows func(context.Context, conntrack.Filter) ([]conntrack.Flow, error)
 	end   func(context.Context, []conntrack.Flow) (int, error)
 
-	checked  time.Time // when the last look ended
+	checked  time.Time     // when the last look began
+	took     time.Duration // how long it took
 	attached []datapath.Attachment
 
 	mu      sync.Mutex
@@ -112,11 +114,12 @@ func (n *netfilter) Attached() []datapath.Attachment { return slices.Clone(n.att
 // Healthy compares the rules in the kernel with those applied, every checkPause. What
 // can't be compared is applied again: then the error shows.
 func (n *netfilter) Healthy(ctx context.Context) bool {
-	if time.Since(n.checked) < checkPause {
+	if time.Since(n.checked) < max(checkPause, checkShare*n.took) {
 		return true
 	}
-	changed, err := n.rules.Check(ctx)
 	n.checked = time.Now()
+	changed, err := n.rules.Check(ctx)
+	n.took = time.Since(n.checked)
 	switch {
 	case ctx.Err() != nil:
 		return true

@@ -33,6 +33,7 @@ func inEachBackend(t *testing.T, opts lab.Options, test func(t *testing.T, n *no
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, opts)
+			n.env = append(n.env, n.lockFile())
 			for _, family := range []string{"iptables", "ip6tables"} {
 				n.tables(family+"-"+backend, "-A", "INPUT", "-p", "sctp", "--dport", "1", "-j", "ACCEPT")
 			}
@@ -41,10 +42,14 @@ func inEachBackend(t *testing.T, opts lab.Options, test func(t *testing.T, n *no
 	}
 }
 
+// lockFile gives the node a lock of its own for rules of the legacy backend: there is one
+// for all network namespaces of a machine, and so for all tests.
+func (n *node) lockFile() string { return "XTABLES_LOCKFILE=" + filepath.Join(n.dir, "xtables.lock") }
+
 // tables runs a program of iptables in the node.
 func (n *node) tables(name string, args ...string) string {
 	n.t.Helper()
-	out, err := n.Node.Run(within(n.t, patience), labtest.Tool(n.t, name), args...)
+	out, err := n.Node.Run(within(n.t, patience), "env", append([]string{n.lockFile(), labtest.Tool(n.t, name)}, args...)...)
 	if err != nil {
 		n.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
@@ -294,6 +299,50 @@ func TestIPTablesModeCleanup(t *testing.T) {
 func TestIPTablesModeRouteSource(t *testing.T) {
 	inEachBackend(t, lab.Options{}, func(t *testing.T, n *node, backend string) {
 		testRouteSource(n, routeCases[slices.Index(ruleBackends, backend)], iptablesMode)
+	})
+}
+
+// An address that leaves takes its flows along within a second, and no others: netfilter by
+// itself would go on translating to it.
+func TestIPTablesModeLosesAddress(t *testing.T) {
+	inEachBackend(t, lab.Options{}, func(t *testing.T, n *node, _ string) {
+		n.start(iptablesMode, podCIDRs)
+		w, wire := n.tapWorld(), n.watchWire()
+		old, other := n.NodeAddr.V4, netip.MustParseAddr("192.0.2.66")
+		w.want(n.WorldAddr.V4, old)
+		w.want(n.WorldAddr.V6, n.NodeAddr.V6)
+		must(t, n.Node.DelAddr("eth0", netip.PrefixFrom(old, 24)))
+		within1s(t, "flows of the vanished address gone", n.awaitNoMappingOf(old))
+		if out := n.cli("bpf", "nat", "list"); !strings.Contains(out, "XLATE_SRC ["+n.NodeAddr.V6.String()+"]") {
+			t.Errorf("flows of another address are gone too:\n%s", out)
+		}
+		// Without an address nothing leaves; only with a route do packets still come to the device.
+		n.awaitDegraded("no IPv4 address")
+		must(t, n.Node.AddRoute(lab.Route{Dst: lab.DefaultRoute4, Dev: "eth0"}))
+		lost := w.send(netip.Addr{}, n.WorldAddr.V4)
+		start := time.Now()
+		must(t, n.Node.AddAddr("eth0", netip.PrefixFrom(other, 24)))
+		n.awaitOK()
+		within1s(t, "another address used", time.Since(start))
+		w.want(n.WorldAddr.V4, other)
+		if f, ok := w.find(lost); ok {
+			t.Errorf("left without an address: %s", f)
+		}
+		wire.check(t)
+	})
+}
+
+// These capabilities are enough.
+func TestIPTablesModePrivileges(t *testing.T) {
+	inEachBackend(t, lab.Options{}, func(t *testing.T, n *node, _ string) {
+		agent := filepath.Join(n.dir, "agent")
+		must(t, os.WriteFile(agent, fmt.Appendf(nil, "#!/bin/sh\nexec %s --bounding-set=-all,+net_admin,+net_raw %s \"$@\"\n", labtest.Tool(t, "setpriv"), n.bin), 0o700))
+		bin := n.bin
+		n.bin = agent
+		n.start(iptablesMode, podCIDRs)
+		n.bin = bin
+		n.masqueraded(n.tapWorld())
+		n.awaitOK()
 	})
 }
 
