@@ -128,53 +128,74 @@ func Run(ctx context.Context, opt Options) (err error) {
 }
 
 // open takes possession of what the mode has in the kernel, and reads what an earlier
-// agent left, of either mode.
+// agent left, of either mode. A data plane of the other mode is taken over from: see
+// changeover.
 func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
-	if err := otherMode(ctx, l.cfg.BPF, root); err != nil {
-		return err
-	}
+	open := l.openRules
 	if l.cfg.BPF {
-		kernel, err := datapath.Open(datapath.Options{
-			Root: root, Flows: l.cfg.MaxFlows, DefaultFlows: l.cfg.Flows(memory()),
-			AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Sentinel: l.cfg.LeakSentinel, Log: log,
-		})
-		if err != nil {
-			return err
-		}
-		l.kernel, l.flows = bpf{kernel}, kernel
-		l.inspect = func() (inspector, error) { return inspectRoot(root) }
-	} else {
-		kernel, err := openNetfilter(l.cfg, log)
-		if err != nil {
-			return err
-		}
-		l.kernel, l.tier = kernel, kernel.tier()
-		l.inspect = func() (inspector, error) { return inspectRules(ctx, &PolicyFile{Tier: l.tier}) }
+		open = l.openPrograms
+	}
+	if err := open(ctx, root, log); err != nil {
+		return err
 	}
 	var err error
 	if l.earlier, err = readEarlier(func() (inspector, error) { return inspectNode(ctx, root, l.runDir) }, l.runDir); err != nil {
 		l.log.Warn("state of the last run not read", "error", err)
 	}
-	if n, ok := l.kernel.(*netfilter); ok {
-		n.expect(l.earlier.addrs())
+	if l.changeover != nil {
+		l.kernel, l.flows = l.changeover, l.changeover
+		if d := l.earlier.draining(); d != nil && d.Mode == l.changeover.old.mode() {
+			l.changeover.begun = d.Since
+		}
 	}
 	return nil
 }
 
-// otherMode refuses to start beside the data plane of the other mode: both would
-// translate the same flows, each its own way. That data plane goes on working.
-func otherMode(ctx context.Context, bpf bool, root string) error {
-	open, what := func() (inspector, error) { return inspectRules(ctx, nil) }, "rules of iptables mode are"
-	if !bpf {
-		open, what = func() (inspector, error) { return inspectRoot(root) }, "a data plane of eBPF mode is"
+func (l *loop) openPrograms(ctx context.Context, root string, log *slog.Logger) error {
+	old, err := iptables.Inspect(ctx, iptables.Options{})
+	if err != nil && !isNone(err) {
+		return fmt.Errorf("look for iptables mode: %w", err)
 	}
-	k, err := open()
+	kernel, openErr := datapath.Open(datapath.Options{
+		Root: root, Flows: l.cfg.MaxFlows, DefaultFlows: l.cfg.Flows(memory()),
+		AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Sentinel: l.cfg.LeakSentinel, Log: log,
+	})
+	if openErr != nil {
+		return openErr
+	}
+	l.kernel, l.flows = bpf{kernel}, kernel
+	l.inspect = func() (inspector, error) { return inspectRoot(root) }
+	if err != nil { // no rules
+		return nil
+	}
+	if l.changeover, err = l.replaceRules(kernel, old.Backend(), log); err != nil {
+		return errors.Join(err, kernel.Close())
+	}
+	return nil
+}
+
+func (l *loop) openRules(ctx context.Context, root string, log *slog.Logger) error {
+	kernel, err := openNetfilter(l.cfg, "", log)
 	if err != nil {
-		return nil // none, or none that can be seen: then nothing of it can be changed either
+		return err
 	}
-	k.Close()
-	return &Error{fmt.Errorf("enable-bpf-masquerade=%t: %s in force here", bpf, what),
-		[]string{"bauta cleanup removes it, and with it running connections", fmt.Sprintf("or go on with enable-bpf-masquerade=%t", !bpf)}}
+	l.kernel = kernel
+	l.inspect = func() (inspector, error) { return inspectRules(ctx, nil) }
+	if file, err := ReadPolicyFile(l.runDir); err == nil {
+		kernel.expect(file.addrs())
+	}
+	old, err := inspectRoot(root)
+	if isNone(err) {
+		return nil
+	}
+	if err == nil {
+		old.Close()
+		l.changeover, err = l.replacePrograms(kernel, root, log)
+	}
+	if err != nil {
+		return errors.Join(err, kernel.Close())
+	}
+	return nil
 }
 
 // foreign looks for rules of others in this network namespace.

@@ -79,9 +79,9 @@ func (l flowLists) selects(f conntrack.Flow, by datapath.Filter) (datapath.Kind,
 
 // Mappings are the connections that a filter selects, both directions of each.
 func (l flowLists) Mappings(by datapath.Filter) ([]datapath.Mapping, error) {
-	ask := conntrack.Filter{Sources: l.sources, Translated: true}
+	ask := conntrack.Filter{Sources: l.sources, Translated: true, AnyZone: true}
 	if by.All {
-		ask = conntrack.Filter{}
+		ask = conntrack.Filter{AnyZone: true}
 	}
 	flows, err := l.list(l.ctx, ask)
 	if err != nil {
@@ -121,7 +121,7 @@ func (l flowLists) age(f conntrack.Flow) time.Duration {
 
 // Flush ends the mappings that a filter selects; flows of others stay.
 func (l flowLists) Flush(by datapath.Filter) (int, error) {
-	flows, err := l.list(l.ctx, conntrack.Filter{Sources: l.sources, Translated: true})
+	flows, err := l.list(l.ctx, conntrack.Filter{Sources: l.sources, Translated: true, AnyZone: true})
 	if err != nil {
 		return 0, fmt.Errorf("list flows: %w", err)
 	}

@@ -6,13 +6,11 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/datapath"
-	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -112,15 +110,12 @@ func (e earlier) nodes(path string) []policy.NodeAddr {
 	return nodes
 }
 
-// addrs are those that flows of the earlier agent may have.
-func (e earlier) addrs() []netip.Addr {
+// draining is what was left of another mode; nil: nothing.
+func (e earlier) draining() *DrainingStatus {
 	if e.file == nil {
 		return nil
 	}
-	return slices.DeleteFunc(ownAddrs(policy.Input{
-		HostAddrs: e.file.HostAddrs, RouteSources: e.file.RouteSources,
-		Devices: devices.Selection{Devices: e.file.Devices}.PolicyDevices(),
-	}), func(a netip.Addr) bool { return !a.IsValid() })
+	return e.file.Draining
 }
 
 // memory is the size of the machine's memory; zero if it is not to be had.

@@ -24,6 +24,7 @@ const HookIPTables datapath.Hook = "iptables"
 type ruleSet interface {
 	Apply(context.Context, *policy.Policy) error
 	Check(context.Context) (changed string, err error)
+	Drain(context.Context) error
 	Warnings() []string
 	Backend() iptables.Backend
 }
@@ -50,13 +51,13 @@ type netfilter struct {
 }
 
 // openNetfilter finds the binaries and takes possession of the rules of this network
-// namespace. It changes nothing in the kernel.
-func openNetfilter(cfg config.Config, log *slog.Logger) (*netfilter, error) {
+// namespace. It changes nothing in the kernel. The zero backend is to be detected.
+func openNetfilter(cfg config.Config, backend iptables.Backend, log *slog.Logger) (*netfilter, error) {
 	lock, err := claimRules()
 	if err != nil {
 		return nil, err
 	}
-	tables, err := iptables.Open(iptables.Options{LockTimeout: cfg.IPTablesLockTimeout, RandomFully: cfg.IPTablesRandomFully, Log: log})
+	tables, err := iptables.Open(iptables.Options{Backend: backend, LockTimeout: cfg.IPTablesLockTimeout, RandomFully: cfg.IPTablesRandomFully, Log: log})
 	if err != nil {
 		lock.Close()
 		return nil, err
@@ -139,7 +140,7 @@ func (n *netfilter) Walk(ctx context.Context) (datapath.Swept, error) {
 	if len(gone) == 0 {
 		return datapath.Swept{}, nil
 	}
-	flows, err := n.flows(ctx, conntrack.Filter{Sources: sources, Translated: true})
+	flows, err := n.flows(ctx, conntrack.Filter{Sources: sources, Translated: true, AnyZone: true})
 	if err != nil {
 		return datapath.Swept{}, fmt.Errorf("list flows: %w", err)
 	}

@@ -38,8 +38,9 @@ func (r *fakeRules) Check(context.Context) (string, error) {
 	return r.changed, r.checkErr
 }
 
-func (r *fakeRules) Warnings() []string        { return []string{"no ipset: plain rules"} }
-func (r *fakeRules) Backend() iptables.Backend { return iptables.NFT }
+func (r *fakeRules) Drain(context.Context) error { return nil }
+
+func (r *fakeRules) Warnings() []string { return []string{"no ipset: plain rules"} }
 
 type closer struct{}
 
@@ -51,7 +52,7 @@ func newRuleBench(t *testing.T, options ...string) (*bench, *fakeRules, *netfilt
 	b := newBench(t, append(options, "enable-bpf-masquerade=false")...)
 	r := &fakeRules{}
 	n := &netfilter{rules: r, lock: closer{}, log: quiet, had: make(map[netip.Addr]bool)}
-	b.loop.kernel, b.loop.flows, b.loop.tier = n, nil, n.tier()
+	b.loop.kernel, b.loop.flows = n, nil
 	return b, r, n
 }
 
@@ -129,8 +130,8 @@ func TestStatusOfIPTablesMode(t *testing.T) {
 					t.Errorf("no warning with %s: %q", part, s.Warnings)
 				}
 			}
-			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Mode != ModeIPTables || f.Tier != "iptables-nft" {
-				t.Errorf("policy.json: %s %s %v", f.Mode, f.Tier, err)
+			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Mode != ModeIPTables {
+				t.Errorf("policy.json: %s %v", f.Mode, err)
 			}
 			full, _ := b.published.Load().status(time.Now(), fakeRuleInspector{b.kernelAttached(), ConntrackUsage{95, 100}})
 			if d := strings.Join(full.Degraded(), "; "); d != "conntrack table: 95 of 100 connections, more than 90 % full" {

@@ -51,6 +51,8 @@ type PolicyFile struct {
 
 	IPMasqAgent IPMasqStatus `json:"ipMasqAgent"` // its Rules are NonMasq
 	NodesFile   NodesStatus  `json:"nodesFile"`
+
+	Draining *DrainingStatus `json:"draining,omitempty"` // the other mode; nil: nothing of it is there
 }
 
 // newPolicyFile describes a policy; the caller adds who wrote it and the files.
@@ -135,6 +137,14 @@ func ReadPolicyFile(runDir string) (PolicyFile, error) {
 		return PolicyFile{}, fmt.Errorf("%s: format %d, expected %d (written by another version)", path, f.Format, policyFormat)
 	}
 	return f, nil
+}
+
+// addrs are those that flows may have.
+func (f PolicyFile) addrs() []netip.Addr {
+	return slices.DeleteFunc(ownAddrs(policy.Input{
+		HostAddrs: f.HostAddrs, RouteSources: f.RouteSources,
+		Devices: devices.Selection{Devices: f.Devices}.PolicyDevices(),
+	}), func(a netip.Addr) bool { return !a.IsValid() })
 }
 
 // write replaces policy.json: a reader sees the old one or the new one, whole.

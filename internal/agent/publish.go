@@ -40,7 +40,8 @@ func (l *loop) publish() {
 
 func (l *loop) policyFile(w wanted) PolicyFile {
 	f := newPolicyFile(w)
-	f.PID, f.Version, f.Started, f.Tier = l.agent.PID, l.agent.Version, l.agent.Started, l.tier
+	f.PID, f.Version, f.Started = l.agent.PID, l.agent.Version, l.agent.Started
+	f.Draining = l.changeover.draining()
 	if l.ipMasq != nil {
 		f.IPMasqAgent = l.ipMasq.status()
 	}

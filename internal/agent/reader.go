@@ -30,12 +30,51 @@ type Reader interface {
 // policy.json says, or else what there is. datapath.ErrNone: there is none. Empty
 // arguments mean the default places.
 func Inspect(ctx context.Context, bpfRoot, runDir string) (Reader, error) {
-	k, err := inspectNode(ctx, orDefault(bpfRoot, DefaultBPFRoot), orDefault(runDir, DefaultRunDir))
+	bpfRoot, runDir = orDefault(bpfRoot, DefaultBPFRoot), orDefault(runDir, DefaultRunDir)
+	k, err := inspectNode(ctx, bpfRoot, runDir)
 	if err != nil {
 		return nil, err
 	}
-	return k.(Reader), nil
+	file, err := ReadPolicyFile(runDir)
+	if err != nil || file.Draining == nil {
+		return k.(Reader), nil
+	}
+	old, err := inspectRoot(bpfRoot)
+	if file.Draining.Mode == ModeIPTables {
+		old, err = inspectRules(ctx, &file)
+	}
+	if err != nil {
+		return k.(Reader), nil // it is gone by now
+	}
+	return changing{k.(Reader), old.(Reader)}, nil
 }
+
+// changing reads both data planes while the connections of one drain: lists are of the one
+// in force, but connections are in both.
+type changing struct {
+	Reader
+	old Reader
+}
+
+func (c changing) Mappings(by datapath.Filter) ([]datapath.Mapping, error) {
+	list, err := c.Reader.Mappings(by)
+	if err != nil {
+		return nil, err
+	}
+	rest, err := c.old.Mappings(by)
+	return append(list, rest...), err
+}
+
+func (c changing) Flush(by datapath.Filter) (int, error) {
+	n, err := c.Reader.Flush(by)
+	if err != nil {
+		return n, err
+	}
+	m, err := c.old.Flush(by)
+	return n + m, err
+}
+
+func (c changing) Close() error { return errors.Join(c.Reader.Close(), c.old.Close()) }
 
 // inspectNode opens the data plane of the mode that policy.json names; if there is none,
 // that of the other.

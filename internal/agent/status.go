@@ -22,6 +22,15 @@ type Status struct {
 	Leaks        LeaksStatus       `json:"leaks"`
 	Drops        map[string]uint64 `json:"drops"` // packets by reason name, no zeroes
 	Warnings     []string          `json:"warnings"`
+	Draining     *DrainingStatus   `json:"draining,omitempty"` // after a change of mode
+}
+
+// DrainingStatus is what is left of the other mode after a change: connections that could not be
+// moved, and end there.
+type DrainingStatus struct {
+	Mode        string    `json:"mode"`
+	Connections int       `json:"connections"`
+	Since       time.Time `json:"since"`
 }
 
 // Modes of masquerading, by the names of Cilium.

@@ -36,7 +36,11 @@ func (l *loop) swept(ctx context.Context, w walked) {
 	}
 	err := w.err
 	if err == nil && l.flows != nil {
+		before := l.changeover.draining()
 		err = l.flows.Drain(w.swept)
+		if !before.same(l.changeover.draining()) {
+			l.publish()
+		}
 	}
 	if err != nil && (l.sweepErr == nil || l.sweepErr.Error() != err.Error()) {
 		l.log.Warn("sweep of the flows incomplete, retrying", "error", err, "after", l.timing.sweep)
@@ -50,6 +54,10 @@ func (l *loop) swept(ctx context.Context, w walked) {
 		l.walkAgain = false
 		l.sweep(ctx)
 	}
+}
+
+func (d *DrainingStatus) same(e *DrainingStatus) bool {
+	return d == e || d != nil && e != nil && *d == *e
 }
 
 // rest is the pause after a walk that took so long. A million flows take more than a

@@ -63,6 +63,7 @@ func describe(f PolicyFile) Status {
 		Leaks:       LeaksStatus{Devices: []LeakStatus{}, Samples: []LeakStatus{}},
 		Drops:       map[string]uint64{},
 		Warnings:    []string{},
+		Draining:    f.Draining,
 	}
 	for _, d := range f.Devices {
 		s.Devices = append(s.Devices, DeviceStatus{

@@ -106,6 +106,9 @@ func datapathText(st agent.Status) string {
 	case !d.Applied:
 		what += ", without a policy"
 	}
+	if n := st.Draining; n != nil {
+		return columns(what, d.Tier, fmt.Sprintf("draining %d (connections of %s mode)", n.Connections, n.Mode))
+	}
 	return columns(what, d.Tier)
 }
 

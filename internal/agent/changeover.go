@@ -1,0 +1,284 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"bauta.dev/bauta/internal/conntrack"
+	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/iptables"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// changeover is the backend of one mode in the place of the other's. Its first Apply moves
+// the connections there are; what has to stay with the old side drains there.
+type changeover struct {
+	backend            // of the mode to come
+	flows   flowKeeper // of that; nil: netfilter keeps them
+	old     oldSide    // nil: it is gone
+	move    func(context.Context) (switched, error)
+	moving  *modeSwitch
+	policy  *policy.Policy // of the Apply under way
+	timeout time.Duration  // of draining
+	log     *slog.Logger
+
+	begun time.Time // draining
+	moved bool      // the first Apply is done
+	left  int
+}
+
+// oldSide is the data plane of the other mode after a switch: it goes on with what it has, and
+// takes nothing new.
+type oldSide interface {
+	SetTunnels([]datapath.Tunnel) error
+	Walk(context.Context) (datapath.Swept, error) // ends what has expired; may run beside the others
+	Left(context.Context, datapath.Swept) (int, error)
+	Remove(context.Context) error
+	Close() error
+	mode() string
+}
+
+// Apply moves the connections, the first time. After an error the old side is still
+// there, and the next attempt begins from the start.
+func (c *changeover) Apply(ctx context.Context, p *policy.Policy) error {
+	if c.moved {
+		return c.backend.Apply(ctx, p)
+	}
+	c.policy = p
+	c.moving.sources, c.moving.wanted = prefixes(p.Input().Sources), reachable(p.Input())
+	start := time.Now()
+	result, err := c.move(ctx)
+	if err != nil {
+		return fmt.Errorf("take over from %s mode: %w", c.old.mode(), err)
+	}
+	c.moved, c.left = true, result.Left
+	if c.begun.IsZero() {
+		c.begun = time.Now()
+	}
+	c.log.Info("mode changed", "from", c.old.mode(), "moved", result.Moved, "draining", result.Left, "took", time.Since(start))
+	return nil
+}
+
+// reachable tells which of netfilter's connections programs can go on with: those whose
+// address is one that mappings may have.
+func reachable(in policy.Input) func(conntrack.Flow) bool {
+	addrs := make(map[netip.Addr]bool)
+	for _, d := range in.Devices {
+		addrs[d.IPv4], addrs[d.IPv6] = true, true
+	}
+	for _, r := range in.RouteSources {
+		addrs[r.Source] = true
+	}
+	return func(f conntrack.Flow) bool { return addrs[f.Xlate.Addr()] }
+}
+
+func (c *changeover) SetTunnels(list []datapath.Tunnel) error {
+	var errs []error
+	if c.flows != nil {
+		errs = append(errs, c.flows.SetTunnels(list))
+	}
+	if c.old != nil {
+		errs = append(errs, c.old.SetTunnels(list))
+	}
+	return errors.Join(errs...)
+}
+
+// Walk is that of both sides. Only one of them has tables of its own.
+func (c *changeover) Walk(ctx context.Context) (datapath.Swept, error) {
+	swept, err := c.backend.Walk(ctx)
+	if c.old == nil || !c.moved {
+		return swept, err
+	}
+	old, oldErr := c.old.Walk(ctx)
+	if c.flows == nil {
+		old.Vanished += swept.Vanished
+		swept = old
+	}
+	return swept, errors.Join(err, oldErr)
+}
+
+// Drain removes the old side when nothing is left there, or long enough after.
+func (c *changeover) Drain(swept datapath.Swept) error {
+	var err error
+	if c.flows != nil {
+		err = c.flows.Drain(swept)
+	}
+	if c.old == nil || !c.moved {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), removeTimeout)
+	defer cancel()
+	left, oldErr := c.old.Left(ctx, swept)
+	if oldErr != nil {
+		return errors.Join(err, fmt.Errorf("connections of %s mode: %w", c.old.mode(), oldErr))
+	}
+	c.left = left
+	if late := time.Since(c.begun) >= c.timeout; left > 0 && !late {
+		return err
+	} else if late && left > 0 {
+		c.log.Warn("drain-timeout is over, connections end", "mode", c.old.mode(), "connections", left)
+	}
+	if oldErr = c.old.Remove(ctx); oldErr != nil {
+		return errors.Join(err, fmt.Errorf("remove what is left of %s mode: %w", c.old.mode(), oldErr))
+	}
+	c.log.Info("nothing of the other mode is left", "mode", c.old.mode())
+	c.old, c.left = nil, 0
+	return err
+}
+
+const removeTimeout = 30 * time.Second
+
+// Close lets both sides go on without the agent.
+func (c *changeover) Close() error {
+	err := c.backend.Close()
+	if c.old != nil {
+		err = errors.Join(err, c.old.Close())
+	}
+	return err
+}
+
+// draining is what the status shows; nil: nothing drains.
+func (c *changeover) draining() *DrainingStatus {
+	if c == nil || c.old == nil || !c.moved {
+		return nil
+	}
+	return &DrainingStatus{Mode: c.old.mode(), Connections: c.left, Since: c.begun}
+}
+
+// oldPrograms are the programs of eBPF mode, when rules take their place.
+type oldPrograms struct {
+	*datapath.Datapath
+	root string
+}
+
+func (oldPrograms) mode() string { return ModeBPF }
+
+// Left detaches devices from which the last connection has gone, too.
+func (o oldPrograms) Left(ctx context.Context, swept datapath.Swept) (int, error) {
+	flows, err := o.Flows(ctx)
+	return len(flows), errors.Join(err, o.Datapath.Drain(swept))
+}
+
+func (o oldPrograms) Remove(context.Context) error {
+	if err := o.Datapath.Close(); err != nil {
+		return err
+	}
+	_, err := datapath.Remove(o.root)
+	return err
+}
+
+// oldRules are the rules of iptables mode, when programs take their place.
+type oldRules struct {
+	moving *modeSwitch // has what is ours in netfilter's table
+	lock   io.Closer
+}
+
+func (oldRules) mode() string                                 { return ModeIPTables }
+func (oldRules) SetTunnels([]datapath.Tunnel) error           { return nil }
+func (oldRules) Walk(context.Context) (datapath.Swept, error) { return datapath.Swept{}, nil }
+func (o oldRules) Close() error                               { return o.lock.Close() }
+func (o oldRules) Left(ctx context.Context, _ datapath.Swept) (int, error) {
+	flows, err := o.flows(ctx)
+	return len(flows), err
+}
+
+// flows are those that netfilter still translates for pods.
+func (o oldRules) flows(ctx context.Context) ([]conntrack.Flow, error) {
+	translated, err := o.moving.list(ctx, true)
+	var list []conntrack.Flow
+	for _, f := range translated {
+		if f.SNAT && o.moving.wants(f) {
+			list = append(list, f)
+		}
+	}
+	return list, err
+}
+
+// Remove ends what is left, so that programs begin it anew, and not with a translated packet.
+func (o oldRules) Remove(ctx context.Context) error {
+	flows, err := o.flows(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := conntrack.Delete(ctx, flows); err != nil {
+		return err
+	}
+	if _, err := iptables.Remove(ctx, iptables.Options{}); err != nil {
+		return err
+	}
+	if err := o.moving.finish(); err != nil {
+		return err
+	}
+	return o.lock.Close()
+}
+
+// netfilterTable is netfilter's table of connections.
+type netfilterTable struct{}
+
+func (netfilterTable) List(ctx context.Context, f conntrack.Filter) ([]conntrack.Flow, error) {
+	return conntrack.List(ctx, f)
+}
+
+func (netfilterTable) Create(ctx context.Context, list []conntrack.Flow) (int, error) {
+	return conntrack.Create(ctx, list)
+}
+
+func (netfilterTable) Replace(ctx context.Context, list []conntrack.Flow) (int, error) {
+	return conntrack.Replace(ctx, list)
+}
+
+func (netfilterTable) Delete(ctx context.Context, list []conntrack.Flow) (int, error) {
+	return conntrack.Delete(ctx, list)
+}
+
+// steps are a translator's, as functions.
+type steps struct{ ready, start func(context.Context) error }
+
+func (s steps) Ready(ctx context.Context) error { return s.ready(ctx) }
+func (s steps) Start(ctx context.Context) error { return s.start(ctx) }
+
+// replacePrograms makes rules take the place of the programs below root.
+func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) (*changeover, error) {
+	programs, err := datapath.Open(datapath.Options{Root: root, DefaultFlows: l.cfg.Flows(memory()), AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Log: log})
+	if err != nil {
+		return nil, fmt.Errorf("take over from eBPF mode: %w", err)
+	}
+	c := &changeover{backend: rules, old: oldPrograms{programs, root}, timeout: l.cfg.DrainTimeout, log: l.log}
+	c.moving = &modeSwitch{
+		maps: programs, tracked: netfilterTable{},
+		programs: steps{ready: func(ctx context.Context) error {
+			in := c.policy.Input()
+			in.Devices = nil // those that have programs drain
+			p, err := policy.Build(in)
+			if err == nil {
+				err = programs.Apply(ctx, p)
+			}
+			return err
+		}},
+		rules: steps{rules.rules.Drain, func(ctx context.Context) error { return rules.Apply(ctx, c.policy) }},
+	}
+	c.move = c.moving.toRules
+	return c, nil
+}
+
+// replaceRules makes programs take the place of the rules in this network namespace, which
+// are in a backend.
+func (l *loop) replaceRules(programs *datapath.Datapath, from iptables.Backend, log *slog.Logger) (*changeover, error) {
+	rules, err := openNetfilter(l.cfg, from, log)
+	if err != nil {
+		return nil, fmt.Errorf("take over from iptables mode: %w", err)
+	}
+	c := &changeover{backend: bpf{programs}, flows: programs, timeout: l.cfg.DrainTimeout, log: l.log}
+	c.moving = &modeSwitch{
+		maps: programs, tracked: netfilterTable{},
+		programs: steps{start: func(ctx context.Context) error { return programs.Apply(ctx, c.policy) }},
+		rules:    steps{ready: rules.rules.Drain},
+	}
+	c.old, c.move = oldRules{c.moving, rules.lock}, c.moving.toPrograms
+	return c, nil
+}

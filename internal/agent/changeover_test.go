@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"bauta.dev/bauta/internal/datapath"
+)
+
+// fakeOld is an old side with connections that end by and by.
+type fakeOld struct {
+	left    int
+	walks   int
+	removed bool
+	err     error
+}
+
+func (o *fakeOld) SetTunnels([]datapath.Tunnel) error { return nil }
+func (o *fakeOld) Walk(context.Context) (datapath.Swept, error) {
+	o.walks++
+	return datapath.Swept{}, nil
+}
+func (o *fakeOld) Left(context.Context, datapath.Swept) (int, error) { return o.left, nil }
+func (o *fakeOld) Remove(context.Context) error {
+	if o.err == nil {
+		o.removed = true
+	}
+	return o.err
+}
+func (o *fakeOld) Close() error { return nil }
+func (o *fakeOld) mode() string { return ModeBPF }
+
+// newChangeBench is a loop in iptables mode that takes the place of eBPF mode.
+func newChangeBench(t *testing.T, old *fakeOld, moveErr *error) (*bench, *changeover) {
+	t.Helper()
+	b, r, n := newRuleBench(t, "drain-timeout=1h")
+	b.earlier.applied = true
+	c := &changeover{backend: n, old: old, moving: &modeSwitch{}, timeout: b.cfg.DrainTimeout, log: quiet}
+	c.move = func(ctx context.Context) (switched, error) {
+		if *moveErr != nil {
+			return switched{}, *moveErr
+		}
+		return switched{Moved: 7, Left: old.left}, r.Apply(ctx, c.policy)
+	}
+	b.loop.changeover, b.loop.kernel, b.loop.flows = c, c, c
+	return b, c
+}
+
+// The old side is removed when its last connection has ended, and the status and
+// policy.json show how many there are.
+func TestChangeoverDrains(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old := &fakeOld{left: 3}
+		moveErr := errors.New("no memory")
+		b, _ := newChangeBench(t, old, &moveErr)
+		b.run(t, func() {
+			after(5500 * time.Millisecond)
+			s := b.state(t)
+			if want := "take over from BPF mode: no memory"; s.Agent.Error != want || s.Agent.Ready || s.Draining != nil || old.walks > 0 {
+				t.Errorf("%q, want %q; %+v, %d walks", s.Agent.Error, want, s.Draining, old.walks)
+			}
+			moveErr = nil
+			after(10 * time.Second)
+			if s := b.state(t); !s.Agent.Ready || s.Draining == nil || s.Draining.Mode != ModeBPF || s.Draining.Connections != 3 || old.walks == 0 {
+				t.Errorf("%+v, %d walks", s.Draining, old.walks)
+			}
+			old.left = 1
+			after(6 * time.Second)
+			f, err := ReadPolicyFile(b.runDir)
+			if s := b.state(t); s.Draining == nil || s.Draining.Connections != 1 || err != nil || !f.Draining.same(s.Draining) && !f.Draining.Since.Equal(s.Draining.Since) {
+				t.Errorf("%+v, policy.json %+v %v", s.Draining, f.Draining, err)
+			}
+			old.left, old.err = 0, errors.New("busy")
+			after(6 * time.Second)
+			if s := b.state(t); s.Draining == nil || old.removed {
+				t.Errorf("%+v, removed %v", s.Draining, old.removed)
+			}
+			old.err = nil
+			after(6 * time.Second)
+			walks := old.walks
+			if s := b.state(t); s.Draining != nil || !old.removed {
+				t.Errorf("%+v, removed %v", s.Draining, old.removed)
+			}
+			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Draining != nil {
+				t.Errorf("policy.json: %+v %v", f.Draining, err)
+			}
+			if after(20 * time.Second); old.walks != walks {
+				t.Error("walks through what is gone")
+			}
+		})
+	})
+}
+
+// What does not end is ended in time, counted from the change, not from the last start.
+func TestChangeoverEndsInTime(t *testing.T) {
+	for _, since := range []time.Duration{0, 50 * time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			old := &fakeOld{left: 3}
+			var moveErr error
+			b, c := newChangeBench(t, old, &moveErr)
+			if since > 0 {
+				c.begun = time.Now().Add(-since)
+			}
+			b.run(t, func() {
+				after(time.Hour - since - time.Minute)
+				if old.removed {
+					t.Error("removed too early")
+				}
+				after(time.Minute + 10*time.Second)
+				if !old.removed {
+					t.Error("not removed in time")
+				}
+			})
+		})
+	}
+}
