@@ -123,7 +123,10 @@ func (c *changeover) Drain(swept datapath.Swept) error {
 	} else if late && left > 0 {
 		c.log.Warn("drain-timeout is over, connections end", "mode", c.old.mode(), "connections", left)
 	}
-	if oldErr = c.old.Remove(ctx); oldErr != nil {
+	switch oldErr = c.old.Remove(ctx); {
+	case errors.Is(oldErr, datapath.ErrBusy):
+		return err // the next walk tries again
+	case oldErr != nil:
 		return errors.Join(err, fmt.Errorf("remove what is left of %s mode: %w", c.old.mode(), oldErr))
 	}
 	c.log.Info("nothing of the other mode is left", "mode", c.old.mode())
@@ -152,24 +155,52 @@ func (c *changeover) draining() *DrainingStatus {
 
 // oldPrograms are the programs of eBPF mode, when rules take their place.
 type oldPrograms struct {
-	*datapath.Datapath
-	root string
+	programs *datapath.Datapath // nil: let go of, to be removed
+	root     string
 }
 
-func (oldPrograms) mode() string { return ModeBPF }
+func (*oldPrograms) mode() string { return ModeBPF }
+
+func (o *oldPrograms) SetTunnels(list []datapath.Tunnel) error {
+	if o.programs == nil {
+		return nil
+	}
+	return o.programs.SetTunnels(list)
+}
+
+func (o *oldPrograms) Walk(ctx context.Context) (datapath.Swept, error) {
+	if o.programs == nil {
+		return datapath.Swept{}, nil
+	}
+	return o.programs.Walk(ctx)
+}
 
 // Left detaches devices from which the last connection has gone, too.
-func (o oldPrograms) Left(ctx context.Context, swept datapath.Swept) (int, error) {
-	flows, err := o.Flows(ctx)
-	return len(flows), errors.Join(err, o.Datapath.Drain(swept))
+func (o *oldPrograms) Left(ctx context.Context, swept datapath.Swept) (int, error) {
+	if o.programs == nil {
+		return 0, nil
+	}
+	flows, err := o.programs.Flows(ctx)
+	return len(flows), errors.Join(err, o.programs.Drain(swept))
 }
 
-func (o oldPrograms) Remove(context.Context) error {
-	if err := o.Datapath.Close(); err != nil {
-		return err
+// Remove may have to be tried again: a program of iptables that is just being started has our
+// lock for a moment.
+func (o *oldPrograms) Remove(context.Context) error {
+	err := o.Close()
+	if err == nil {
+		_, err = datapath.Remove(o.root)
 	}
-	_, err := datapath.Remove(o.root)
 	return err
+}
+
+func (o *oldPrograms) Close() error {
+	if o.programs == nil {
+		return nil
+	}
+	programs := o.programs
+	o.programs = nil
+	return programs.Close()
 }
 
 // oldRules are the rules of iptables mode, when programs take their place.
@@ -248,7 +279,7 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 	if err != nil {
 		return nil, fmt.Errorf("take over from eBPF mode: %w", err)
 	}
-	c := &changeover{backend: rules, old: oldPrograms{programs, root}, timeout: l.cfg.DrainTimeout, log: l.log}
+	c := &changeover{backend: rules, old: &oldPrograms{programs, root}, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{
 		maps: programs, tracked: netfilterTable{},
 		programs: steps{ready: func(ctx context.Context) error {

@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -76,10 +78,59 @@ func TestModeChange(t *testing.T) {
 	})
 }
 
+// The same in both directions under 200 connections that are never silent for long, and
+// while pods connect all the time.
+func TestModeChangeUnderLoad(t *testing.T) {
+	inEachBackend(t, lab.Options{Pods: 2}, func(t *testing.T, n *node, _ string) {
+		n.start(podCIDRs)
+		wire := n.watchWire()
+		servers := []netip.AddrPort{
+			server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4)), server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V6)),
+		}
+		k := converse(t, n.Pods[0], 200, servers...)
+		k.goesOn(t, "before")
+		ctx, cancel := context.WithCancel(t.Context())
+		storm := &load{ctx: ctx, done: make(map[string]int)}
+		for i := range 4 {
+			at := server(t, lab.EchoTCP, n.World, anyPort(servers[i%2].Addr()))
+			storm.work("connect "+family(at.Addr()), 5*time.Millisecond, func() error {
+				limit, cancel := context.WithTimeout(t.Context(), patience)
+				defer cancel()
+				seen, c, err := lab.AskTCP(limit, n.Pods[1], netip.AddrPort{}, at)
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				if seen.Addr() != n.NodeAddr.Of(at.Addr()) {
+					return fmt.Errorf("seen as %s", seen)
+				}
+				return exchange(c)
+			})
+		}
+		for _, change := range []struct{ option, old string }{
+			{iptablesMode, agent.ModeBPF}, {"--enable-bpf-masquerade=true", agent.ModeIPTables}, {iptablesMode, agent.ModeBPF},
+		} {
+			n.restart(change.option)
+			k.goesOn(t, "with "+change.option)
+			n.awaitNothingOf(change.old)
+			k.goesOn(t, "without "+change.old)
+		}
+		cancel()
+		storm.group.Wait()
+		t.Logf("connected meanwhile: %v", storm.done)
+		for _, err := range storm.errs[:min(3, len(storm.errs))] {
+			t.Errorf("%d errors, among them: %v", len(storm.errs), err)
+		}
+		wire.check(t)
+	})
+}
+
 // awaitNothingOf waits until nothing of a mode drains any more.
 func (n *node) awaitNothingOf(mode string) {
 	n.t.Helper()
-	n.await("nothing of "+mode+" mode", func(st agent.Status) bool { return st.Agent.Ready && st.Draining == nil && st.Masquerading.Mode != mode })
+	n.await("nothing of "+mode+" mode", func(st agent.Status) bool {
+		return st.Agent.Ready && st.Draining == nil && st.Masquerading.Mode != mode
+	})
 }
 
 // A connection that can't be moved drains, and the status says so, also with the agent down.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/lab"
@@ -361,6 +362,29 @@ func TestForeignRule(t *testing.T) {
 			})
 		})
 	}
+}
+
+// While somebody holds the lock of the legacy backend, nothing is in force and the status
+// says whose fault it is; afterwards all is well by itself.
+func TestIPTablesModeLocked(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, lab.Options{})
+	n.env = append(n.env, n.lockFile())
+	n.tables("iptables-legacy", "-A", "INPUT", "-p", "sctp", "--dport", "1", "-j", "ACCEPT")
+	lock, err := os.OpenFile(filepath.Join(n.dir, "xtables.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	must(t, err)
+	defer lock.Close()
+	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+	n.launch(iptablesMode, podCIDRs, "--iptables-lock-timeout=1s")
+	st := n.awaitDegraded("xtables lock")
+	if st.Agent.Ready {
+		t.Error("ready without a rule")
+	}
+	wantBrief(t, n, "policy not applied", "xtables lock")
+	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
+	n.waitReady()
+	n.awaitOK()
+	n.tapWorld().want(n.WorldAddr.V4, n.NodeAddr.V4)
 }
 
 // Both families off: nothing is translated, and that is fine.
