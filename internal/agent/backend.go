@@ -65,6 +65,12 @@ func modeOf(bpf bool) string {
 	return ModeIPTables
 }
 
+// partly tells whether, in spite of an error, a policy is in force: on some devices, or for
+// one family.
+func partly(err error) bool {
+	return errors.Is(err, datapath.ErrAttach) || errors.Is(err, iptables.ErrPartly)
+}
+
 // isNone tells whether an inspection found nothing of ours.
 func isNone(err error) bool {
 	return errors.Is(err, datapath.ErrNone) || errors.Is(err, iptables.ErrNone)

@@ -277,7 +277,8 @@ func (s steps) Start(ctx context.Context) error { return s.start(ctx) }
 func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) (*changeover, error) {
 	programs, err := datapath.Open(datapath.Options{Root: root, DefaultFlows: l.cfg.Flows(memory()), AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Log: log})
 	if err != nil {
-		return nil, fmt.Errorf("take over from eBPF mode: %w", err)
+		return nil, &Error{fmt.Errorf("take over from eBPF mode: %w", err),
+			[]string{"or `bauta cleanup` removes what eBPF mode left, and with it running connections"}}
 	}
 	c := &changeover{backend: rules, old: &oldPrograms{programs, root}, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{

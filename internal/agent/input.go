@@ -57,11 +57,16 @@ func assemble(cfg config.Config, f facts) wanted {
 	in.Sources = ofFamilies(sources, in.IPv4, in.IPv6)
 	in.Native = ofFamilies(cfg.NativeRules(nil), in.IPv4, in.IPv6)
 	in.NonMasq = ofFamilies(f.nonMasq, in.IPv4, in.IPv6)
-	return wanted{
+	w := wanted{
 		mode: modeOf(cfg.BPF), input: in, selection: sel,
 		state4: sourceState(cfg, in.IPv4, ofFamilies(in.Sources, true, false), sel.DefaultRoute4),
 		state6: sourceState(cfg, in.IPv6, ofFamilies(in.Sources, false, true), sel.DefaultRoute6),
 	}
+	if !cfg.BPF { // a family without sources needs no tables, which the kernel may lack
+		w.input.IPv4 = in.IPv4 && len(ofFamilies(in.Sources, true, false)) > 0
+		w.input.IPv6 = in.IPv6 && len(ofFamilies(in.Sources, false, true)) > 0
+	}
+	return w
 }
 
 // sourceState says whether a family masquerades anything (2.6). masquerade-forwarded

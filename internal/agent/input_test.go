@@ -178,3 +178,14 @@ func TestAttachedDevicesStay(t *testing.T) {
 		t.Errorf("devices %v, want %v", got, names)
 	}
 }
+
+// In iptables mode a family without sources is left alone: the kernel may lack its tables.
+// With eBPF it costs nothing, and shows as unused in both.
+func TestAssembleForRules(t *testing.T) {
+	for mode, want := range map[string]bool{"true": true, "false": false} {
+		w := assemble(load(t, "pod-cidrs=10.1.0.0/16", "enable-bpf-masquerade="+mode), nodeFacts())
+		if !w.input.IPv4 || w.input.IPv6 != want || w.state6 != SourcesUnused {
+			t.Errorf("enable-bpf-masquerade=%s: IPv4 %v, IPv6 %v %s", mode, w.input.IPv4, w.input.IPv6, w.state6)
+		}
+	}
+}

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -213,8 +212,8 @@ func (l *loop) reconcile(ctx context.Context, due *time.Timer) {
 	l.agent.Error, l.agent.AttachError = "", ""
 	if err != nil {
 		message := "policy not applied, retrying"
-		if errors.Is(err, datapath.ErrAttach) {
-			message, l.agent.AttachError = "policy applied, but not to every device, retrying", err.Error()
+		if partly(err) {
+			message, l.agent.AttachError = "policy applied, but not to every device or family, retrying", err.Error()
 		} else {
 			l.agent.Error = err.Error()
 		}
@@ -251,7 +250,7 @@ func (l *loop) follow(ctx context.Context) error {
 		return fmt.Errorf("policy: %w", err)
 	}
 	attach := l.kernel.Apply(ctx, p)
-	if attach != nil && !errors.Is(attach, datapath.ErrAttach) {
+	if attach != nil && !partly(attach) {
 		return attach
 	}
 	before := l.inForce

@@ -87,7 +87,8 @@ func tierOf(b iptables.Backend) string {
 }
 
 func (n *netfilter) Apply(ctx context.Context, p *policy.Policy) error {
-	if err := n.rules.Apply(ctx, p); err != nil {
+	err := n.rules.Apply(ctx, p)
+	if err != nil && !partly(err) {
 		return err
 	}
 	n.checked = time.Now()
@@ -107,7 +108,7 @@ func (n *netfilter) Apply(ctx context.Context, p *policy.Policy) error {
 			n.had[a] = true
 		}
 	}
-	return nil
+	return err
 }
 
 func (n *netfilter) Attached() []datapath.Attachment { return slices.Clone(n.attached) }

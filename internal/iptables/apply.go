@@ -16,7 +16,7 @@ import (
 var tableNames = []string{"mangle", "nat"}
 
 // Apply makes the kernel hold p. It writes only what is different. A family that
-// fails does not keep the other from being written.
+// fails does not keep the other from being written: then the error is ErrPartly.
 func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 	if err := checkDevices(p.Input().Devices); err != nil {
 		return err
@@ -26,7 +26,11 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 	}
 	var errs []error
 	t.prefixes = 0
+	wanted := 0
 	for _, f := range families {
+		if wants(p, f) {
+			wanted++
+		}
 		rs := Render(p, f, RenderOptions{RandomFully: t.opts.RandomFully, PlainRules: t.plain})
 		t.prefixes += plainRules(rs)
 		if err := t.applyFamily(ctx, rs, wants(p, f)); err != nil {
@@ -37,6 +41,9 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
+		if len(errs) < wanted && !errors.Is(err, ErrLocked) && ctx.Err() == nil {
+			return fmt.Errorf("%w: %w", ErrPartly, err)
+		}
 		return err
 	}
 	return t.cleanOther(ctx)

@@ -62,6 +62,8 @@ var (
 	ErrNoBinary = errors.New("not installed")
 	// ErrNone says that nothing of ours is in this network namespace.
 	ErrNone = errors.New("iptables: no rules of Bauta")
+	// ErrPartly says that the policy is in force for one family only.
+	ErrPartly = errors.New("rules not written for each family")
 	// ErrLocked says that another program holds the xtables lock: try again later.
 	ErrLocked = errors.New("xtables lock: held by another program")
 )

@@ -399,6 +399,39 @@ func TestIPTablesModeOff(t *testing.T) {
 	n.tapWorld().want(n.WorldAddr.V4, n.PodAddrs[0].V4)
 }
 
+// A node without ip6tables masquerades IPv4, and says what is missing; if it has no IPv6 pods,
+// nothing is.
+func TestIPTablesModeWithoutIP6Tables(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, lab.Options{})
+	multi, err := filepath.EvalSymlinks(labtest.Tool(t, "iptables-nft"))
+	must(t, err)
+	sbin := filepath.Join(n.dir, "sbin")
+	must(t, os.Mkdir(sbin, 0o700))
+	data, err := os.ReadFile(multi)
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(sbin, "multi"), data, 0o700))
+	for _, name := range []string{"iptables", "iptables-nft", "iptables-nft-save", "iptables-nft-restore"} {
+		must(t, os.Symlink("multi", filepath.Join(sbin, name)))
+	}
+	start := func(args ...string) {
+		t.Helper()
+		wrapper, bin := filepath.Join(n.dir, "agent"), n.bin
+		must(t, os.WriteFile(wrapper, fmt.Appendf(nil, "#!/bin/sh\nexec %s -m --propagation private sh -c 'mount --bind %s %s && exec \"$@\"' sh %s \"$@\"\n",
+			labtest.Tool(t, "unshare"), sbin, filepath.Dir(multi), bin), 0o700))
+		n.bin = wrapper
+		n.start(append(args, iptablesMode)...)
+		n.bin = bin
+	}
+	start("--pod-cidrs=" + lab.PodRange4.String())
+	n.awaitOK()
+	n.tapWorld().want(n.WorldAddr.V4, n.NodeAddr.V4)
+	n.stop()
+	start(podCIDRs)
+	n.awaitDegraded("ip6tables")
+	n.tapWorld().want(n.WorldAddr.V4, n.NodeAddr.V4)
+}
+
 // Without iptables the agent says what to install, or to do without.
 func TestIPTablesModeWithoutBinaries(t *testing.T) {
 	t.Parallel()
