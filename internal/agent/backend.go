@@ -52,9 +52,10 @@ type flowMeter interface {
 	PortSearches() (datapath.PortSearches, error)
 }
 
-// conntrackMeter is what netfilter counts instead.
-type conntrackMeter interface {
+// netfilterMeter is what netfilter counts instead.
+type netfilterMeter interface {
 	Conntrack() (ConntrackUsage, error)
+	Drops() (map[string]uint64, error) // by reason, no zeroes
 }
 
 // modeOf is the mode by the name that the status has.

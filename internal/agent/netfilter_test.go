@@ -78,7 +78,10 @@ func (k fakeRuleInspector) Attachments() ([]datapath.Attachment, error) { return
 func (k fakeRuleInspector) Applied() bool                               { return true }
 func (k fakeRuleInspector) Tier() string                                { return "iptables-nft" }
 func (k fakeRuleInspector) Conntrack() (ConntrackUsage, error)          { return k.used, nil }
-func (k fakeRuleInspector) Close() error                                { return nil }
+func (k fakeRuleInspector) Drops() (map[string]uint64, error) {
+	return map[string]uint64{"drop-stray": 2}, nil
+}
+func (k fakeRuleInspector) Close() error { return nil }
 
 // Rules that others change are applied again: looked at every two seconds, no more.
 func TestRulesAreHealed(t *testing.T) {
@@ -119,7 +122,7 @@ func TestStatusOfIPTablesMode(t *testing.T) {
 			if want := "IPTables (ip-masq-agent) [IPv4: Enabled, IPv6: Enabled]"; s.Line() != want || s.Masquerading.Mode != "iptables" {
 				t.Errorf("%s, want %s; mode %s", s.Line(), want, s.Masquerading.Mode)
 			}
-			if d := s.Degraded(); len(d) > 0 || s.Datapath.Tier != "iptables-nft" || s.Flows.Conntrack == nil {
+			if d := s.Degraded(); len(d) > 0 || s.Datapath.Tier != "iptables-nft" || s.Flows.Conntrack == nil || s.Drops["drop-stray"] != 2 {
 				t.Errorf("%v %+v %+v", d, s.Datapath, s.Flows)
 			}
 			if len(s.Devices) != 2 || s.Devices[0].Hook != HookIPTables || s.Devices[1].State != DeviceAttached {

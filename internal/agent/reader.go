@@ -163,6 +163,11 @@ func (r *ruleInspector) Tier() string {
 	return r.file.Tier
 }
 
+// Drops are what rules have counted.
+func (r *ruleInspector) Drops() (map[string]uint64, error) {
+	return r.Inspector.Drops(r.ctx, iptables.Options{})
+}
+
 const (
 	conntrackCountPath = "/proc/sys/net/netfilter/nf_conntrack_count"
 	conntrackMaxPath   = "/proc/sys/net/netfilter/nf_conntrack_max"

@@ -110,12 +110,15 @@ func (s *Status) read(k inspector) error {
 	}
 	s.Datapath = DatapathStatus{Present: true, Applied: k.Applied(), Tier: k.Tier()}
 	s.addAttached(attached)
-	if m, ok := k.(conntrackMeter); ok {
+	if m, ok := k.(netfilterMeter); ok {
 		used, err := m.Conntrack()
 		if err != nil {
 			return err
 		}
 		s.Flows.Conntrack = &used
+		if s.Drops, err = m.Drops(); err != nil {
+			return fmt.Errorf("read counters: %w", err)
+		}
 	}
 	if m, ok := k.(flowMeter); ok {
 		return s.readMeter(m, attached)

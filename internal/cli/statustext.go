@@ -46,7 +46,8 @@ func statusText(st agent.Status) string {
 		{"Flows", flowText(st)},
 		{"Ports", portText(st.Ports)},
 	}
-	if st.Masquerading.Mode != agent.ModeIPTables { // netfilter counts none by reason
+	// Netfilter counts some of them only: "none" would be too much to say.
+	if st.Masquerading.Mode != agent.ModeIPTables || len(st.Drops) > 0 {
 		list = append(list, block{"Drops", dropText(st.Drops)})
 	}
 	if st.Leaks.Sentinel || st.Leaks.Packets > 0 {

@@ -160,7 +160,8 @@ func withRules() agent.Status {
 		{Name: "eth0", Index: 2, State: agent.DeviceAttached, Hook: agent.HookIPTables, IPv4: netip.MustParseAddr("10.0.2.15")},
 	}
 	st.Flows = agent.Flows{Conntrack: &agent.ConntrackUsage{Entries: 512, Limit: 262144}}
-	st.Ports.Worst, st.Ports.Searches, st.Drops = nil, nil, map[string]uint64{}
+	st.Ports.Worst, st.Ports.Searches, st.Drops = nil, nil, map[string]uint64{"drop-stray": 2}
+	st.Draining = &agent.DrainingStatus{Mode: agent.ModeBPF, Connections: 3}
 	st.Warnings = []string{"another masquerade rule matches our sources too: IPv4, table nat, chain POSTROUTING: -s 10.0.0.0/8 -j MASQUERADE"}
 	return st
 }

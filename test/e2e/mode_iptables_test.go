@@ -132,7 +132,7 @@ func TestIPTablesMode(t *testing.T) {
 				t.Errorf("status does not have %q:\n%s", text, out)
 			}
 		}
-		for _, text := range []string{"Drops:", "from outside", "eth1"} {
+		for _, text := range []string{"from outside", "worst remote", "eth1"} {
 			if strings.Contains(out, text) {
 				t.Errorf("status has %q:\n%s", text, out)
 			}
@@ -321,6 +321,10 @@ func TestIPTablesModeLosesAddress(t *testing.T) {
 		n.awaitDegraded("no IPv4 address")
 		must(t, n.Node.AddRoute(lab.Route{Dst: lab.DefaultRoute4, Dev: "eth0"}))
 		lost := w.send(netip.Addr{}, n.WorldAddr.V4)
+		n.await("a drop", func(st agent.Status) bool { return st.Drops["drop-no-address"] == 1 })
+		if out := n.try("status").stdout; !strings.Contains(out, "Drops:          drop-no-address   1") {
+			t.Errorf("status does not show the drop:\n%s", out)
+		}
 		start := time.Now()
 		must(t, n.Node.AddAddr("eth0", netip.PrefixFrom(other, 24)))
 		n.awaitOK()
