@@ -101,19 +101,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return l.run(ctx) })
 	group.Go(func() error { return devices.Watch(ctx, devicesLog, l.signals.network.put) })
-	watch := func(changed slot, paths ...string) {
-		if paths = slices.DeleteFunc(paths, func(p string) bool { return p == "" }); len(paths) == 0 {
-			return
-		}
-		group.Go(func() error {
-			return filewatch.Run(ctx, filewatch.Options{Paths: paths, Log: filesLog, Ready: changed.put}, changed.put)
-		})
-	}
-	if cfg.IPMasqAgent {
-		watch(l.signals.ipMasq, cfg.IPMasqAgentPath)
-	}
-	watch(l.signals.nodes, cfg.NodesFile)
-	watch(l.signals.options, opt.ConfigSources.File, opt.ConfigSources.Dir)
+	l.watchFiles(ctx, group, filesLog)
 	group.Go(func() error { return serve(ctx, listener, runDir, l.status(), log) })
 	group.Go(func() error {
 		<-ctx.Done()
@@ -125,6 +113,23 @@ func Run(ctx context.Context, opt Options) (err error) {
 	}
 	log.Info("agent ended, the data plane stays")
 	return nil
+}
+
+// watchFiles says when a file changes that the configuration names, or that it came from.
+func (l *loop) watchFiles(ctx context.Context, group *errgroup.Group, log *slog.Logger) {
+	watch := func(changed slot, paths ...string) {
+		if paths = slices.DeleteFunc(paths, func(p string) bool { return p == "" }); len(paths) == 0 {
+			return
+		}
+		group.Go(func() error {
+			return filewatch.Run(ctx, filewatch.Options{Paths: paths, Log: log, Ready: changed.put}, changed.put)
+		})
+	}
+	if l.cfg.IPMasqAgent {
+		watch(l.signals.ipMasq, l.cfg.IPMasqAgentPath)
+	}
+	watch(l.signals.nodes, l.cfg.NodesFile)
+	watch(l.signals.options, l.options.sources.File, l.options.sources.Dir)
 }
 
 // open takes possession of what the mode has in the kernel, and reads what an earlier
