@@ -181,7 +181,8 @@ func (o *oldPrograms) Left(ctx context.Context, swept datapath.Swept) (int, erro
 		return 0, nil
 	}
 	flows, err := o.programs.Flows(ctx)
-	return len(flows), errors.Join(err, o.programs.Drain(swept))
+	shifted, shiftErr := o.programs.Shifted(ctx)
+	return len(flows) + shifted, errors.Join(err, shiftErr, o.programs.Drain(swept))
 }
 
 // Remove may have to be tried again: a program of iptables that is just being started has our
@@ -283,15 +284,24 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 	c := &changeover{backend: rules, old: &oldPrograms{programs, root}, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{
 		maps: programs, tracked: netfilterTable{},
-		programs: steps{ready: func(ctx context.Context) error {
-			in := c.policy.Input()
-			in.Devices = nil // those that have programs drain
-			p, err := policy.Build(in)
-			if err == nil {
-				err = programs.Apply(ctx, p)
-			}
-			return err
-		}},
+		programs: steps{
+			ready: func(ctx context.Context) error {
+				in := c.policy.Input()
+				in.Devices = nil // those that have programs drain
+				p, err := policy.Build(in)
+				if err == nil {
+					err = programs.Apply(ctx, p)
+				}
+				return err
+			},
+			start: func(ctx context.Context) error {
+				err := programs.Apply(ctx, c.policy)
+				if errors.Is(err, datapath.ErrAttach) {
+					return nil // what has no programs has no connections of theirs
+				}
+				return err
+			},
+		},
 		rules: steps{rules.rules.Drain, func(ctx context.Context) error { return rules.Apply(ctx, c.policy) }},
 	}
 	c.move = c.moving.toRules
