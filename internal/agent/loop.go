@@ -60,7 +60,6 @@ var defaultTiming = timing{
 type loop struct {
 	cfg     config.Config
 	runDir  string
-	tier    string // of iptables mode
 	log     *slog.Logger
 	systemd *systemd
 	timing  timing

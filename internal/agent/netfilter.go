@@ -26,7 +26,6 @@ type ruleSet interface {
 	Check(context.Context) (changed string, err error)
 	Drain(context.Context) error
 	Warnings() []string
-	Backend() iptables.Backend
 }
 
 // checkPause is from one look at the rules to the next: somebody else's flush is healed
@@ -75,16 +74,6 @@ func (n *netfilter) expect(addrs []netip.Addr) {
 func (n *netfilter) Close() error { return n.lock.Close() }
 
 func (n *netfilter) Warnings() []string { return n.rules.Warnings() }
-
-// tier names the backend, as the kernel tier of eBPF mode stands in the status.
-func (n *netfilter) tier() string { return tierOf(n.rules.Backend()) }
-
-func tierOf(b iptables.Backend) string {
-	if b == "" {
-		return ""
-	}
-	return "iptables-" + string(b)
-}
 
 func (n *netfilter) Apply(ctx context.Context, p *policy.Policy) error {
 	err := n.rules.Apply(ctx, p)

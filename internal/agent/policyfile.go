@@ -29,8 +29,7 @@ type PolicyFile struct {
 	PID     int       `json:"pid"`
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
-	Mode    string    `json:"mode"`           // ModeBPF or ModeIPTables
-	Tier    string    `json:"tier,omitempty"` // the backend of iptables mode
+	Mode    string    `json:"mode"` // ModeBPF or ModeIPTables
 
 	State4           SourceState             `json:"ipv4"`
 	State6           SourceState             `json:"ipv6"`

@@ -125,17 +125,17 @@ func inspectRoot(root string) (inspector, error) {
 // ruleInspector reads the rules of iptables mode in the kernel, and what conntrack knows.
 type ruleInspector struct {
 	*iptables.Inspector
-	file *PolicyFile // nil: not known
 	flowLists
 }
 
 // inspectRules opens the rules of this network namespace; iptables.ErrNone: there are none.
+// file is the policy that is known to be in force, or nil.
 func inspectRules(ctx context.Context, file *PolicyFile) (inspector, error) {
 	k, err := iptables.Inspect(ctx, iptables.Options{})
 	if err != nil {
 		return nil, err
 	}
-	return &ruleInspector{Inspector: k, file: file, flowLists: newFlowLists(ctx, file)}, nil
+	return &ruleInspector{Inspector: k, flowLists: newFlowLists(ctx, file)}, nil
 }
 
 // Attachments are the devices that the rules name, as far as they are there.
@@ -156,12 +156,8 @@ func (r *ruleInspector) Attachments() ([]datapath.Attachment, error) {
 // Applied tells whether the rules translate new flows.
 func (r *ruleInspector) Applied() bool { return !r.Draining() }
 
-func (r *ruleInspector) Tier() string {
-	if r.file == nil {
-		return ""
-	}
-	return r.file.Tier
-}
+// Tier names the backend: in this mode nothing else of the kernel makes a difference.
+func (r *ruleInspector) Tier() string { return "iptables-" + string(r.Backend()) }
 
 // Drops are what rules have counted.
 func (r *ruleInspector) Drops() (map[string]uint64, error) {
