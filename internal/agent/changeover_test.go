@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,6 +13,7 @@ import (
 
 // fakeOld is an old side with connections that end by and by.
 type fakeOld struct {
+	mu      sync.Mutex
 	left    int
 	walks   int
 	removed bool
@@ -20,11 +22,19 @@ type fakeOld struct {
 
 func (o *fakeOld) SetTunnels([]datapath.Tunnel) error { return nil }
 func (o *fakeOld) Walk(context.Context) (datapath.Swept, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.walks++
 	return datapath.Swept{}, nil
 }
-func (o *fakeOld) Left(context.Context, datapath.Swept) (int, error) { return o.left, nil }
+func (o *fakeOld) Left(context.Context, datapath.Swept) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.left, nil
+}
 func (o *fakeOld) Remove(context.Context) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if o.err == nil {
 		o.removed = true
 	}
@@ -33,6 +43,22 @@ func (o *fakeOld) Remove(context.Context) error {
 func (o *fakeOld) Close() error { return nil }
 func (o *fakeOld) mode() string { return ModeBPF }
 
+func (o *fakeOld) set(change func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	change()
+}
+
+func (o *fakeOld) gone() (removed bool) {
+	o.set(func() { removed = o.removed })
+	return removed
+}
+
+func (o *fakeOld) walked() (n int) {
+	o.set(func() { n = o.walks })
+	return n
+}
+
 // newChangeBench is a loop in iptables mode that takes the place of eBPF mode.
 func newChangeBench(t *testing.T, old *fakeOld, moveErr *error) (*bench, *changeover) {
 	t.Helper()
@@ -40,6 +66,8 @@ func newChangeBench(t *testing.T, old *fakeOld, moveErr *error) (*bench, *change
 	b.earlier.applied = true
 	c := &changeover{backend: n, old: old, moving: &modeSwitch{}, timeout: b.cfg.DrainTimeout, log: quiet}
 	c.move = func(ctx context.Context) (switched, error) {
+		old.mu.Lock()
+		defer old.mu.Unlock()
 		if *moveErr != nil {
 			return switched{}, *moveErr
 		}
@@ -59,35 +87,35 @@ func TestChangeoverDrains(t *testing.T) {
 		b.run(t, func() {
 			after(5500 * time.Millisecond)
 			s := b.state(t)
-			if want := "take over from BPF mode: no memory"; s.Agent.Error != want || s.Agent.Ready || s.Draining != nil || old.walks > 0 {
-				t.Errorf("%q, want %q; %+v, %d walks", s.Agent.Error, want, s.Draining, old.walks)
+			if want := "take over from BPF mode: no memory"; s.Agent.Error != want || s.Agent.Ready || s.Draining != nil || old.walked() > 0 {
+				t.Errorf("%q, want %q; %+v, %d walks", s.Agent.Error, want, s.Draining, old.walked())
 			}
-			moveErr = nil
+			old.set(func() { moveErr = nil })
 			after(10 * time.Second)
-			if s := b.state(t); !s.Agent.Ready || s.Draining == nil || s.Draining.Mode != ModeBPF || s.Draining.Connections != 3 || old.walks == 0 {
-				t.Errorf("%+v, %d walks", s.Draining, old.walks)
+			if s := b.state(t); !s.Agent.Ready || s.Draining == nil || s.Draining.Mode != ModeBPF || s.Draining.Connections != 3 || old.walked() == 0 {
+				t.Errorf("%+v, %d walks", s.Draining, old.walked())
 			}
-			old.left = 1
+			old.set(func() { old.left = 1 })
 			after(6 * time.Second)
 			f, err := ReadPolicyFile(b.runDir)
 			if s := b.state(t); s.Draining == nil || s.Draining.Connections != 1 || err != nil || !f.Draining.same(s.Draining) && !f.Draining.Since.Equal(s.Draining.Since) {
 				t.Errorf("%+v, policy.json %+v %v", s.Draining, f.Draining, err)
 			}
-			old.left, old.err = 0, errors.New("busy")
+			old.set(func() { old.left, old.err = 0, errors.New("busy") })
 			after(6 * time.Second)
-			if s := b.state(t); s.Draining == nil || old.removed {
-				t.Errorf("%+v, removed %v", s.Draining, old.removed)
+			if s := b.state(t); s.Draining == nil || old.gone() {
+				t.Errorf("%+v, removed %v", s.Draining, old.gone())
 			}
-			old.err = nil
+			old.set(func() { old.err = nil })
 			after(6 * time.Second)
-			walks := old.walks
-			if s := b.state(t); s.Draining != nil || !old.removed {
-				t.Errorf("%+v, removed %v", s.Draining, old.removed)
+			walks := old.walked()
+			if s := b.state(t); s.Draining != nil || !old.gone() {
+				t.Errorf("%+v, removed %v", s.Draining, old.gone())
 			}
 			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Draining != nil {
 				t.Errorf("policy.json: %+v %v", f.Draining, err)
 			}
-			if after(20 * time.Second); old.walks != walks {
+			if after(20 * time.Second); old.walked() != walks {
 				t.Error("walks through what is gone")
 			}
 		})
@@ -106,11 +134,11 @@ func TestChangeoverEndsInTime(t *testing.T) {
 			}
 			b.run(t, func() {
 				after(time.Hour - since - time.Minute)
-				if old.removed {
+				if old.gone() {
 					t.Error("removed too early")
 				}
 				after(time.Minute + 10*time.Second)
-				if !old.removed {
+				if !old.gone() {
 					t.Error("not removed in time")
 				}
 			})

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,13 +20,22 @@ import (
 
 // fakeRules are rules that somebody may change.
 type fakeRules struct {
+	mu              sync.Mutex
 	applies, checks int
 	changed         string
 	applyErr        error
 	checkErr        error
 }
 
+func (r *fakeRules) set(change func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change()
+}
+
 func (r *fakeRules) Apply(context.Context, *policy.Policy) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.applies++
 	if r.applyErr == nil {
 		r.changed, r.checkErr = "", nil
@@ -34,6 +44,8 @@ func (r *fakeRules) Apply(context.Context, *policy.Policy) error {
 }
 
 func (r *fakeRules) Check(context.Context) (string, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.checks++
 	return r.changed, r.checkErr
 }
@@ -58,7 +70,7 @@ func newRuleBench(t *testing.T, options ...string) (*bench, *fakeRules, *netfilt
 
 func (b *bench) state(t *testing.T) Status {
 	t.Helper()
-	s, err := b.published.Load().status(time.Now(), fakeRuleInspector{attached: b.loop.kernel.Attached()})
+	s, err := b.published.Load().status(time.Now(), fakeRuleInspector{attached: b.attachedByRules()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,21 +101,26 @@ func TestRulesAreHealed(t *testing.T) {
 		b, r, _ := newRuleBench(t)
 		b.run(t, func() {
 			after(10 * time.Second)
-			if r.applies != 1 || r.checks < 4 || r.checks > 5 {
-				t.Errorf("%d applies, %d checks in 10 s", r.applies, r.checks)
-			}
-			r.changed = "jump is not the first rule"
+			r.set(func() {
+				if r.applies != 1 || r.checks < 4 || r.checks > 5 {
+					t.Errorf("%d applies, %d checks in 10 s", r.applies, r.checks)
+				}
+			})
+			r.set(func() { r.changed = "jump is not the first rule" })
 			after(2600 * time.Millisecond)
-			if r.applies != 2 || r.changed != "" {
-				t.Errorf("%d applies, %q after a change", r.applies, r.changed)
-			}
+			r.set(func() {
+				if r.applies != 2 || r.changed != "" {
+					t.Errorf("%d applies, %q after a change", r.applies, r.changed)
+				}
+			})
 			// What can't be compared is applied; the error of that shows, and is retried.
-			r.checkErr, r.applyErr = errors.New("xtables lock: held"), errors.New("xtables lock: held by another program")
+			held := errors.New("xtables lock: held by another program")
+			r.set(func() { r.checkErr, r.applyErr = held, held })
 			after(2600 * time.Millisecond)
-			if s := b.state(t); s.Agent.Error != r.applyErr.Error() || len(s.Degraded()) == 0 {
+			if s := b.state(t); s.Agent.Error != held.Error() || len(s.Degraded()) == 0 {
 				t.Errorf("%+v", s.Agent)
 			}
-			r.applyErr = nil
+			r.set(func() { r.applyErr = nil })
 			after(10 * time.Second)
 			if s := b.state(t); s.Agent.Error != "" || len(s.Degraded()) != 0 {
 				t.Errorf("%+v %v", s.Agent, s.Degraded())
@@ -136,7 +153,7 @@ func TestStatusOfIPTablesMode(t *testing.T) {
 			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Mode != ModeIPTables {
 				t.Errorf("policy.json: %s %v", f.Mode, err)
 			}
-			full, _ := b.published.Load().status(time.Now(), fakeRuleInspector{b.kernelAttached(), ConntrackUsage{95, 100}})
+			full, _ := b.published.Load().status(time.Now(), fakeRuleInspector{b.attachedByRules(), ConntrackUsage{95, 100}})
 			if d := strings.Join(full.Degraded(), "; "); d != "conntrack table: 95 of 100 connections, more than 90 % full" {
 				t.Errorf("degraded: %s", d)
 			}
@@ -144,7 +161,13 @@ func TestStatusOfIPTablesMode(t *testing.T) {
 	})
 }
 
-func (b *bench) kernelAttached() []datapath.Attachment { return b.loop.kernel.Attached() }
+// attachedByRules are the devices of the policy in force.
+func (b *bench) attachedByRules() (list []datapath.Attachment) {
+	for _, d := range b.published.Load().file.Devices {
+		list = append(list, datapath.Attachment{Device: d.Name, Index: d.Index, Hook: HookIPTables})
+	}
+	return list
+}
 
 // Flows of an address that left end with the apply that follows: those of our sources,
 // and no others.
@@ -202,6 +225,8 @@ func TestForeignRulesAreWarnedOf(t *testing.T) {
 			var found []iptables.ForeignRule
 			var failure error
 			b.readForeign = func(_ context.Context, sources []netip.Prefix) ([]iptables.ForeignRule, error) {
+				b.mu.Lock()
+				defer b.mu.Unlock()
 				if looks++; len(sources) != 1 || sources[0].String() != "10.1.0.0/16" {
 					t.Errorf("sources %v", sources)
 				}
@@ -215,17 +240,19 @@ func TestForeignRulesAreWarnedOf(t *testing.T) {
 				if warned() {
 					t.Error("a warning of nothing")
 				}
-				found = []iptables.ForeignRule{{Family: "IPv4", Table: "nat", Chain: "POSTROUTING", Rule: "-s 10.0.0.0/8 -j MASQUERADE"}}
+				b.set(func() {
+					found = []iptables.ForeignRule{{Family: "IPv4", Table: "nat", Chain: "POSTROUTING", Rule: "-s 10.0.0.0/8 -j MASQUERADE"}}
+				})
 				after(31 * time.Second)
 				if !warned() {
 					t.Error("no warning")
 				}
-				found, failure = nil, errors.New("not read")
+				b.set(func() { found, failure = nil, errors.New("not read") })
 				after(30 * time.Second)
 				if !warned() {
 					t.Error("an error took the warning away")
 				}
-				failure = nil
+				b.set(func() { failure = nil })
 				after(30 * time.Second)
 				if warned() || looks != 4 {
 					t.Errorf("still warned, or %d looks", looks)

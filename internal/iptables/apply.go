@@ -42,7 +42,7 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 	}
 	if err := errors.Join(errs...); err != nil {
 		if len(errs) < wanted && !errors.Is(err, ErrLocked) && ctx.Err() == nil {
-			return fmt.Errorf("%w: %w", ErrPartly, err)
+			return partly{err}
 		}
 		return err
 	}

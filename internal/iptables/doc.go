@@ -68,6 +68,12 @@ var (
 	ErrLocked = errors.New("xtables lock: held by another program")
 )
 
+// partly is an error about one family, in its words; the other is in force.
+type partly struct{ error }
+
+func (e partly) Is(target error) bool { return target == ErrPartly }
+func (e partly) Unwrap() error        { return e.error }
+
 // Error is an error with advice for users.
 type Error struct {
 	Err   error
