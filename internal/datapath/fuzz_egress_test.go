@@ -52,7 +52,7 @@ func (w *world) egressDropped(frame []byte, res result, v wire, ok bool) {
 	}
 	d := w.decide(v)
 	if d.Outcome.Verdict() == policy.Pass && d.Outcome != policy.PassDevice && d.Outcome != policy.PassProtocol &&
-		!w.strayReset(res, v) && !(res.outcome == policy.DropFragment && w.showsPod(v)) {
+		!w.strayReset(res, v) && !(res.outcome == policy.DropFragment && w.showsPod(v)) && !w.podRedirects(res, v) {
 		w.failf(egress, frame, res, "want %s", d.Outcome)
 	}
 	switch res.outcome {
@@ -100,6 +100,16 @@ func (w *world) egressDropped(frame []byte, res result, v wire, ok bool) {
 func (w *world) strayReset(res result, v wire) bool {
 	const flags = packet.SYN | packet.FIN | packet.RST | packet.ACK
 	return res.outcome == policy.DropStray && w.isHost(v.src) && v.proto == packet.TCP && v.decidable(0).TCPFlags&flags == packet.RST
+}
+
+// podRedirects tells whether a redirect about a mapped flow was dropped: whomever it is for, a pod is nobody's router.
+func (w *world) podRedirects(res result, v wire) bool {
+	if res.outcome != policy.DropProtocol || !v.redirect() || w.isHost(v.src) {
+		return false
+	}
+	q, ok := v.quote()
+	_, known := w.forward[q.arriving()]
+	return ok && (known || w.host > 0 && w.isHost(q.dst))
 }
 
 // showsPod tells whether v is an ICMPv6 error of the node that quotes a later fragment for a pod which is not known
