@@ -76,7 +76,8 @@ func (s *tableState) rule(text string) {
 	if chain == hookChain && s.first == "" {
 		s.first = rule
 	}
-	if strings.Contains(rule, "-j "+chainPrefix) || strings.Contains(rule, "-g "+chainPrefix) {
+	words := strings.Fields(quotedText.ReplaceAllString(rule, `""`)) // comments can hold anything
+	if strings.HasPrefix(option(words, "-j"), chainPrefix) || strings.HasPrefix(option(words, "-g"), chainPrefix) {
 		s.refs = append(s.refs, text)
 		return
 	}
