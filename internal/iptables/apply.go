@@ -46,7 +46,7 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 		}
 		return err
 	}
-	return t.cleanOther(ctx)
+	return nil
 }
 
 // Drain leaves no rule that translates new flows. The hooks of conntrack and NAT
@@ -70,7 +70,7 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 	prog, ok := t.programs[f]
 	if !ok {
 		if !on {
-			return nil
+			return t.cleanOther(ctx, f)
 		}
 		return hint(fmt.Errorf("%s-%s: %w", f.binary(), t.backend, ErrNoBinary), "install it, or set enable-"+strings.ToLower(f.String())+"-masquerade=false")
 	}
@@ -81,7 +81,7 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 	if !on {
 		if now["nat"].empty() && now["mangle"].empty() {
 			delete(t.last, f)
-			return nil
+			return t.cleanOther(ctx, f)
 		}
 		rs = drained(f) // the flows that live keep their translation
 	}
@@ -103,8 +103,8 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		t.log.Info("iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
 	}
 	t.last[f] = applied{rs, listing(rs, now)}
-	if !setsSupported() {
-		return nil
+	if err := t.cleanOther(ctx, f); err != nil || !setsSupported() { // its rules may hold sets
+		return err
 	}
 	_, err = discard(f, rs.Sets)
 	return err
@@ -255,16 +255,15 @@ func familyError(f Family, err error) error {
 }
 
 // cleanOther removes what an earlier run left in the other backend: it would translate too.
-func (t *Tables) cleanOther(ctx context.Context) error {
-	if t.cleaned {
+func (t *Tables) cleanOther(ctx context.Context, f Family) error {
+	p, ok := t.others[f]
+	if !ok || t.cleaned[f] {
 		return nil
 	}
-	for f, p := range t.others {
-		if _, err := p.remove(ctx); err != nil {
-			return familyError(f, err)
-		}
+	if _, err := p.remove(ctx); err != nil {
+		return err
 	}
-	t.cleaned = true
+	t.cleaned[f] = true
 	return nil
 }
 

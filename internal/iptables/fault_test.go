@@ -351,3 +351,41 @@ func TestRulesOfBothBackends(t *testing.T) {
 		}
 	})
 }
+
+// What the other backend's rules hold must not keep sets that the new policy has no use
+// for from being destroyed.
+func TestSetsOfTheOtherBackend(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		ns := labtest.NewNS(t)
+		old := o
+		old.Backend = o.Backend.other()
+		tables(t, ns, old).apply(build(t, listed))
+		n := tables(t, ns, o)
+		n.apply(build(t, nil)) // without lists
+		n.right()
+		n.do(func() error {
+			names, err := setNames()
+			if len(names) > 0 {
+				t.Errorf("left: %s", names)
+			}
+			return err
+		})
+	})
+}
+
+// A rule of others that only speaks of our chains stays.
+func TestCommentThatNamesAChain(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		n := tables(t, labtest.NewNS(t), o)
+		for _, table := range tableNames {
+			n.run(n.ipt(IPv4, ""), "-t", table, "-A", "POSTROUTING", "-m", "comment", "--comment", "behind -j BAUTA-POSTROUTING", "-j", "ACCEPT")
+		}
+		n.apply(build(t, nil))
+		n.right()
+		for _, table := range tableNames {
+			if out := n.run(n.ipt(IPv4, ""), "-t", table, "-S", "POSTROUTING"); !strings.Contains(out, "--comment \"behind") {
+				t.Errorf("gone from %s:\n%s", table, out)
+			}
+		}
+	})
+}

@@ -20,7 +20,7 @@ type Tables struct {
 
 	plain    bool               // no sets: a rule for each prefix
 	probed   bool               // plain is known
-	cleaned  bool               // the other backend holds nothing of ours
+	cleaned  map[Family]bool    // the other backend holds nothing of ours
 	mixture  string             // warning about rules of both backends
 	plainFor string             // why plain is
 	prefixes int                // plain rules for prefixes in force
@@ -45,7 +45,7 @@ func Open(o Options) (*Tables, error) {
 	plain := o.plainBackend(ctx)
 	t := &Tables{
 		opts: o, backend: b, programs: o.programs(b, plain), others: o.programs(b.other(), plain),
-		log: o.Log, last: make(map[Family]applied),
+		log: o.Log, last: make(map[Family]applied), cleaned: make(map[Family]bool),
 	}
 	if t.log == nil {
 		t.log = slog.New(slog.DiscardHandler)
