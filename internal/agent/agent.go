@@ -173,14 +173,14 @@ func (l *loop) openPrograms(ctx context.Context, root string, log *slog.Logger) 
 	if err != nil { // no rules
 		return nil
 	}
-	if l.changeover, err = l.replaceRules(kernel, old.Backend(), log); err != nil {
+	if l.changeover, err = l.replaceRules(ctx, kernel, old.Backend(), log); err != nil {
 		return errors.Join(err, kernel.Close())
 	}
 	return nil
 }
 
 func (l *loop) openRules(ctx context.Context, root string, log *slog.Logger) error {
-	kernel, err := openNetfilter(l.cfg, "", log)
+	kernel, err := openNetfilter(ctx, l.cfg, "", log)
 	if err != nil {
 		return err
 	}

@@ -310,8 +310,8 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 
 // replaceRules makes programs take the place of the rules in this network namespace, which
 // are in a backend.
-func (l *loop) replaceRules(programs *datapath.Datapath, from iptables.Backend, log *slog.Logger) (*changeover, error) {
-	rules, err := openNetfilter(l.cfg, from, log)
+func (l *loop) replaceRules(ctx context.Context, programs *datapath.Datapath, from iptables.Backend, log *slog.Logger) (*changeover, error) {
+	rules, err := openNetfilter(ctx, l.cfg, from, log)
 	if err != nil {
 		return nil, fmt.Errorf("take over from iptables mode: %w", err)
 	}

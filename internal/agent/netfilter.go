@@ -51,12 +51,12 @@ type netfilter struct {
 
 // openNetfilter finds the binaries and takes possession of the rules of this network
 // namespace. It changes nothing in the kernel. The zero backend is to be detected.
-func openNetfilter(cfg config.Config, backend iptables.Backend, log *slog.Logger) (*netfilter, error) {
+func openNetfilter(ctx context.Context, cfg config.Config, backend iptables.Backend, log *slog.Logger) (*netfilter, error) {
 	lock, err := claimRules()
 	if err != nil {
 		return nil, err
 	}
-	tables, err := iptables.Open(iptables.Options{Backend: backend, LockTimeout: cfg.IPTablesLockTimeout, RandomFully: cfg.IPTablesRandomFully, Log: log})
+	tables, err := iptables.Open(ctx, iptables.Options{Backend: backend, LockTimeout: cfg.IPTablesLockTimeout, RandomFully: cfg.IPTablesRandomFully, Log: log})
 	if err != nil {
 		lock.Close()
 		return nil, err

@@ -197,16 +197,16 @@ func RemoveRules(ctx context.Context) (removed, notes []string, err error) {
 	}
 	defer lock.Close()
 	removed, err = iptables.Remove(ctx, iptables.Options{})
-	return removed, unseen(), err
+	return removed, unseen(ctx), err
 }
 
 // legacyTablesPaths list the tables of the legacy backend in this network namespace.
 var legacyTablesPaths = []string{"/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"}
 
 // unseen says which rules there may be that no program here can show.
-func unseen() []string {
+func unseen(ctx context.Context) []string {
 	lacks := func(b iptables.Backend) bool {
-		_, err := iptables.Open(iptables.Options{Backend: b})
+		_, err := iptables.Open(ctx, iptables.Options{Backend: b})
 		return errors.Is(err, iptables.ErrNoBinary)
 	}
 	switch {

@@ -51,8 +51,9 @@ type Options struct {
 	RandomFully bool          // choose external ports at random even if the source port is free
 	Log         *slog.Logger
 
-	dirs []string // where binaries are looked for; nil: PATH and the usual places
-	env  []string // added to the environment of the binaries
+	dirs    []string      // where binaries are looked for; nil: PATH and the usual places
+	env     []string      // added to the environment of the binaries
+	runTime time.Duration // zero: runTime
 }
 
 const defaultLockTimeout = 5 * time.Second

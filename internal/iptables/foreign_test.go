@@ -111,7 +111,7 @@ func TestReadersMakeNothing(t *testing.T) {
 	n := &inNS{t: t, ns: labtest.NewNS(t), o: Options{env: ownLock(t)}}
 	ctx := context.Background()
 	n.do(func() error {
-		_, err := Open(n.o)
+		_, err := Open(context.Background(), n.o)
 		return err
 	})
 	n.do(func() error {
@@ -193,7 +193,7 @@ func TestDetect(t *testing.T) {
 				n.run(cmd[0], strings.Fields(cmd[1])...)
 			}
 			n.do(func() (err error) {
-				n.tables, err = Open(o)
+				n.tables, err = Open(context.Background(), o)
 				return err
 			})
 			if got := n.tables.Backend(); got != c.want {
@@ -204,12 +204,12 @@ func TestDetect(t *testing.T) {
 	// Our own rules of before count where nothing else says anything.
 	n := &inNS{t: t, ns: labtest.NewNS(t), o: Options{Backend: Legacy, env: ownLock(t)}}
 	n.do(func() (err error) {
-		n.tables, err = Open(n.o)
+		n.tables, err = Open(context.Background(), n.o)
 		return err
 	})
 	n.apply(build(t, nil))
 	n.do(func() error {
-		again, err := Open(Options{})
+		again, err := Open(context.Background(), Options{})
 		if err == nil && again.Backend() != Legacy {
 			t.Errorf("a new agent takes %s", again.Backend())
 		}

@@ -35,7 +35,7 @@ func tables(t testing.TB, ns *lab.NS, o Options) *inNS {
 	t.Helper()
 	n := &inNS{t: t, ns: ns, o: o}
 	n.do(func() (err error) {
-		n.tables, err = Open(o)
+		n.tables, err = Open(context.Background(), o)
 		return err
 	})
 	return n

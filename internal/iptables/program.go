@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -77,8 +78,18 @@ func (o Options) plainBackend(ctx context.Context) Backend {
 	return Legacy
 }
 
-// run runs a binary in the network namespace of the calling thread.
+// runTime is more than a binary needs with very many rules; it comes on top of the time for the
+// lock.
+const runTime = 30 * time.Second
+
+var errHangs = errors.New("no answer")
+
+// run runs a binary in the network namespace of the calling thread. One that hangs must not
+// hang the agent, which has one loop for everything.
 func (o Options) run(ctx context.Context, path, stdin string, args ...string) (string, error) {
+	limit := cmp.Or(o.runTime, runTime) + time.Duration(o.lockSeconds())*time.Second
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w for %s", errHangs, limit))
+	defer cancel()
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Env = append(os.Environ(), o.env...)
@@ -86,7 +97,7 @@ func (o Options) run(ctx context.Context, path, stdin string, args ...string) (s
 	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
-			err = ctx.Err()
+			err = context.Cause(ctx)
 		}
 		return stdout.String(), o.explain(filepath.Base(path), err, stderr.String(), stdin)
 	}

@@ -36,8 +36,7 @@ type applied struct {
 }
 
 // Open finds the binaries and the backend. It changes nothing.
-func Open(o Options) (*Tables, error) {
-	ctx := context.Background()
+func Open(ctx context.Context, o Options) (*Tables, error) {
 	b, counts, err := o.detect(ctx)
 	if err != nil {
 		return nil, err
