@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"time"
 
 	"bauta.dev/bauta/internal/conntrack"
@@ -157,6 +158,8 @@ func (c *changeover) draining() *DrainingStatus {
 type oldPrograms struct {
 	programs *datapath.Datapath // nil: let go of, to be removed
 	root     string
+	moving   *modeSwitch
+	had      []datapath.Flow // at the last look
 }
 
 func (*oldPrograms) mode() string { return ModeBPF }
@@ -175,19 +178,40 @@ func (o *oldPrograms) Walk(ctx context.Context) (datapath.Swept, error) {
 	return o.programs.Walk(ctx)
 }
 
-// Left detaches devices from which the last connection has gone, too.
+// Left detaches devices from which the last connection has gone, too. Netfilter forgets what has
+// ended since the last look.
 func (o *oldPrograms) Left(ctx context.Context, swept datapath.Swept) (int, error) {
 	if o.programs == nil {
 		return 0, nil
 	}
 	flows, err := o.programs.Flows(ctx)
+	if err == nil {
+		err = o.moving.release(ctx, without(o.had, flows))
+	}
+	if err == nil {
+		o.had = flows
+	}
 	shifted, shiftErr := o.programs.Shifted(ctx)
 	return len(flows) + shifted, errors.Join(err, shiftErr, o.programs.Drain(swept))
 }
 
+// without returns the flows of a that are not in b.
+func without(a, b []datapath.Flow) []datapath.Flow {
+	in := make(map[flowKey]bool, len(b))
+	for _, f := range b {
+		in[keyOf(f)] = true
+	}
+	return slices.DeleteFunc(slices.Clone(a), func(f datapath.Flow) bool { return in[keyOf(f)] })
+}
+
 // Remove may have to be tried again: a program of iptables that is just being started has our
-// lock for a moment.
-func (o *oldPrograms) Remove(context.Context) error {
+// lock for a moment. What is left has to begin anew, with the rules.
+func (o *oldPrograms) Remove(ctx context.Context) error {
+	if o.programs != nil {
+		if err := o.moving.releaseAll(ctx); err != nil {
+			return err
+		}
+	}
 	err := o.Close()
 	if err == nil {
 		_, err = datapath.Remove(o.root)
@@ -237,7 +261,7 @@ func (o oldRules) Remove(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := conntrack.Delete(ctx, flows); err != nil {
+	if _, err := o.moving.tracked.Delete(ctx, flows); err != nil {
 		return err
 	}
 	if _, err := iptables.Remove(ctx, iptables.Options{}); err != nil {
@@ -281,7 +305,7 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 		return nil, &Error{fmt.Errorf("take over from eBPF mode: %w", err),
 			[]string{"or `bauta cleanup` removes what eBPF mode left, and with it running connections"}}
 	}
-	c := &changeover{backend: rules, old: &oldPrograms{programs, root}, timeout: l.cfg.DrainTimeout, log: l.log}
+	c := &changeover{backend: rules, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{
 		maps: programs, tracked: netfilterTable{},
 		programs: steps{
@@ -304,7 +328,7 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 		},
 		rules: steps{rules.rules.Drain, func(ctx context.Context) error { return rules.Apply(ctx, c.policy) }},
 	}
-	c.move = c.moving.toRules
+	c.old, c.move = &oldPrograms{programs: programs, root: root, moving: c.moving}, c.moving.toRules
 	return c, nil
 }
 

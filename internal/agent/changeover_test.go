@@ -145,3 +145,37 @@ func TestChangeoverEndsInTime(t *testing.T) {
 		})
 	}
 }
+
+// What the programs still have when they go, or what has ended there, must not stay known to
+// netfilter as not translated: it would leave like that.
+func TestReleased(t *testing.T) {
+	n := onPrograms(t, true)
+	n.refuse = map[flowKey]bool{keyOf(n.talking[0]): true, keyOf(n.talking[1]): true}
+	sw := n.modeSwitch()
+	if out, err := sw.toRules(t.Context()); err != nil || out.Left != 2 {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	before := []datapath.Flow{n.mappings[keyOf(n.talking[0])], n.mappings[keyOf(n.talking[1])]}
+	ended := keyOf(n.talking[0])
+	n.talking = n.talking[1:]
+	delete(n.mappings, ended)
+	flows, _ := n.Flows(t.Context())
+	if err := sw.release(t.Context(), without(before, flows)); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := n.entries[ended]; ok {
+		t.Error("netfilter still knows a connection that the programs have no more")
+	}
+	n.talking = n.talking[1:] // the other one ends too
+	if err := sw.releaseAll(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for key, c := range n.entries {
+		if c.Xlate == c.Src {
+			t.Errorf("%v is not translated", key)
+		}
+	}
+	if len(n.entries) != switchFlows-2 {
+		t.Errorf("%d entries of connections that were moved", len(n.entries))
+	}
+}

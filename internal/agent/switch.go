@@ -26,6 +26,7 @@ type connections interface {
 	List(context.Context, conntrack.Filter) ([]conntrack.Flow, error)
 	Create(context.Context, []conntrack.Flow) (int, error)
 	Replace(context.Context, []conntrack.Flow) (int, error)
+	Delete(context.Context, []conntrack.Flow) (int, error)
 }
 
 // starter is a translator, as far as new connections go.
@@ -184,6 +185,40 @@ func (s *modeSwitch) track(ctx context.Context) error {
 	}
 	_, err = s.tracked.Create(ctx, unknown)
 	_, err = refusals(err) // known by a packet, meanwhile
+	return err
+}
+
+// releaseAll ends what the programs still have, before they go.
+func (s *modeSwitch) releaseAll(ctx context.Context) error {
+	flows, err := s.maps.Flows(ctx)
+	if err != nil {
+		return err
+	}
+	// An answer that the programs translated now would look to netfilter like a connection from
+	// outside, and what the pod says like the answer to that.
+	if _, err := s.maps.SetSide(ctx, flows, datapath.SideHeld); err != nil {
+		return err
+	}
+	return s.release(ctx, flows)
+}
+
+// release makes netfilter forget connections that it knows as not translated, because the
+// programs did that, when these have them no more: with the entry they would leave as they are.
+func (s *modeSwitch) release(ctx context.Context, flows []datapath.Flow) error {
+	if len(flows) == 0 {
+		return nil
+	}
+	known, err := s.list(ctx, false)
+	if err != nil {
+		return err
+	}
+	var untranslated []conntrack.Flow
+	for _, f := range flows {
+		if c, ok := known[keyOf(f)]; ok && c.Xlate == c.Src {
+			untranslated = append(untranslated, c)
+		}
+	}
+	_, err = s.tracked.Delete(ctx, untranslated)
 	return err
 }
 

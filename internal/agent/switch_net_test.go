@@ -136,6 +136,11 @@ func (n netTracked) Replace(ctx context.Context, flows []conntrack.Flow) (m int,
 	return m, err
 }
 
+func (n netTracked) Delete(ctx context.Context, flows []conntrack.Flow) (m int, err error) {
+	err = n.Node.Do(func() (err error) { m, err = conntrack.Delete(ctx, flows); return err })
+	return m, err
+}
+
 func (n *switchNode) modeSwitch() *modeSwitch {
 	return &modeSwitch{
 		maps: n.d, tracked: netTracked{n}, programs: netPrograms{n}, rules: netRules{n},

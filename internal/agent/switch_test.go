@@ -229,6 +229,13 @@ func (n *fakeNode) Replace(_ context.Context, flows []conntrack.Flow) (int, erro
 	return n.result(len(flows), refused)
 }
 
+func (n *fakeNode) Delete(_ context.Context, flows []conntrack.Flow) (int, error) {
+	for _, c := range flows {
+		delete(n.entries, keyOfTracked(c))
+	}
+	return len(flows), n.step()
+}
+
 // silently is a step behind which no packet comes.
 func (n *fakeNode) silently() error {
 	n.steps++
