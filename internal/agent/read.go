@@ -32,8 +32,12 @@ func readStatus(runDir string, inspect func() (inspector, error)) (Status, error
 		return Status{}, &Error{err, []string{"run it as root"}}
 	}
 	s, offErr := offline(runDir, inspect)
-	if offErr == nil && !errors.Is(err, errNoAgent) {
+	switch {
+	case errors.Is(err, errNoAgent):
+	case offErr == nil:
 		s.Warnings = append(s.Warnings, err.Error()) // it is there, but hangs or is of another version
+	case errors.Is(offErr, ErrNothing):
+		return Status{}, err // nothing can be read, but it is there
 	}
 	return s, offErr
 }

@@ -106,6 +106,18 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 	}
 }
 
+// An agent that can't answer is there nevertheless.
+func TestAgentThatFailsIsThere(t *testing.T) {
+	dir := newRunDir(t)
+	if err := prepareRunDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	answer(t, dir, func() (Status, error) { return Status{}, errors.New("no answer of iptables") })
+	if _, err := readStatus(dir, noKernel); err == nil || errors.Is(err, ErrNothing) || !strings.Contains(err.Error(), "no answer of iptables") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestSocketDoesNotReplaceAFile(t *testing.T) {
 	dir := t.TempDir()
 	write(t, filepath.Join(dir, socketName), "x")
