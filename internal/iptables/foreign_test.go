@@ -166,6 +166,27 @@ func TestInspect(t *testing.T) {
 	})
 }
 
+// Where no packet comes to our chains, in one table or family, nothing is masqueraded.
+func TestInspectWithoutJump(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		for _, table := range tableNames {
+			n := tables(t, labtest.NewNS(t), o)
+			n.apply(build(t, listed))
+			n.run(n.ipt(IPv6, ""), "-t", table, "-D", "POSTROUTING", "-j", "BAUTA-POSTROUTING")
+			n.do(func() error {
+				i, err := Inspect(context.Background(), o)
+				if err != nil {
+					return err
+				}
+				if devices, err := i.Devices(); err != nil || len(devices) > 0 {
+					t.Errorf("without the jump of %s: %v, %v", table, devices, err)
+				}
+				return nil
+			})
+		}
+	})
+}
+
 // The backend is chosen as the wrappers of distributions do.
 func TestDetect(t *testing.T) {
 	labtest.Root(t)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 type Inspector struct {
 	backend Backend
 	nat     map[Family]tableState
+	cut     map[Family]bool // no packet comes to our chains
 }
 
 // Inspect finds our rules in the network namespace of the calling thread. It returns
@@ -27,7 +29,7 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 		if o.Backend != "" && o.Backend != b {
 			continue
 		}
-		i := &Inspector{backend: b, nat: make(map[Family]tableState)}
+		i := &Inspector{backend: b, nat: make(map[Family]tableState), cut: make(map[Family]bool)}
 		for f, p := range o.programs(b, plain) {
 			tables, err := p.readAll(ctx)
 			if err != nil {
@@ -35,7 +37,7 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 				continue
 			}
 			if nat := tables["nat"]; len(nat.chains) > 0 {
-				i.nat[f] = nat
+				i.nat[f], i.cut[f] = nat, !nat.reached() || !tables["mangle"].reached()
 			}
 		}
 		if len(i.nat) > 0 {
@@ -119,18 +121,19 @@ func option(words []string, name string) string {
 	return ""
 }
 
-// Devices are those on which our rules masquerade, sorted.
+// Devices are those on which our rules masquerade, sorted: in each family that names one.
 func (i *Inspector) Devices() ([]string, error) {
-	var names []string
-	for _, nat := range i.nat {
+	right := make(map[string]bool)
+	for f, nat := range i.nat {
 		for _, r := range nat.chains[entryChain] {
 			if name := option(strings.Fields(r), "-o"); name != "" {
-				names = append(names, name)
+				before, known := right[name]
+				right[name] = !i.cut[f] && (before || !known)
 			}
 		}
 	}
-	slices.Sort(names)
-	return slices.Compact(names), nil
+	maps.DeleteFunc(right, func(_ string, ok bool) bool { return !ok })
+	return slices.Sorted(maps.Keys(right)), nil
 }
 
 // Draining tells whether the rules translate no new flows any more.

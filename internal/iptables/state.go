@@ -32,6 +32,9 @@ func (s tableState) jumpIsRight(wanted bool) bool {
 	return s.first == jump && len(s.refs) == 1
 }
 
+// reached tells whether packets come to our chains, at whatever place among others' rules.
+func (s tableState) reached() bool { return slices.Contains(s.refs, hookChain+" "+jump) }
+
 func (s tableState) empty() bool { return len(s.chains)+len(s.refs) == 0 }
 
 // table returns the state as a wanted one: what a failed change is taken back to.
