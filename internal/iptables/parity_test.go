@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,17 +17,16 @@ import (
 
 // Why netfilter does otherwise than the policy says.
 const (
-	udpliteSum = "conntrack sums UDP-Lite with the protocol number of UDP, so that every right datagram is INVALID to it " +
-		"(unless a device or net.netfilter.nf_conntrack_checksum=0 spares it that): dropped, not leaked"
+	udpliteSum  = "conntrack sums UDP-Lite with the protocol number of UDP, so that every right datagram is INVALID to it"
 	familyOff   = "a family that is off has no rules"
 	wrongFamily = "ICMP of the other family is INVALID to conntrack: dropped, not leaked"
-	flags       = "TCP without a flag or with SYN and FIN is INVALID to conntrack: dropped, not leaked"
-	reopened    = "nat asks its rules for the first packet only: a SYN to who has opened a connection on the same ports belongs to that"
+	flags       = "such TCP is INVALID to conntrack: dropped, not leaked"
+	reopened    = "nat is asked for the first packet of a connection only, in either direction"
 	loopback    = "no packet: the kernel forwards none to 127.0.0.0/8"
 )
 
 // differences are the cases in which netfilter can't do what the policy says, each with
-// the reason. Decision 19 lists them for users.
+// the reason. docs/modes.md lists them for users.
 var differences = map[string]string{
 	"udplite 10.0.1.2:40000 > 1.1.1.1:53 -> masq-new 192.0.2.1":                        udpliteSum,
 	"udplite [fd00:10::2]:40000 > [2606:4700::1]:53 -> masq-new 2001:db8:2::1":         udpliteSum,
@@ -88,6 +89,19 @@ func TestParity(t *testing.T) {
 		}
 		t.Logf("%d groups, %d cases, %d differences, %s", len(groups), cases, len(differences), time.Since(start).Round(time.Millisecond))
 	})
+}
+
+// The page for users has every reason.
+func TestDifferencesArePublished(t *testing.T) {
+	page, err := os.ReadFile("../../docs/modes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, why := range differences {
+		if why != loopback && !strings.Contains(string(page), " | "+why+" | ") {
+			t.Errorf("docs/modes.md does not give the reason of %s: %s", text, why)
+		}
+	}
 }
 
 // compare holds the verdict and the address against the table: netfilter gives no reasons.

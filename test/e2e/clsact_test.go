@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
@@ -45,10 +46,10 @@ func becomeOldKernelAgent(program string) error {
 }
 
 // eachHook runs a test with a node of its own on each kind of attachment, with
-// the agent running.
+// the agent running. In iptables mode there is one kind.
 func eachHook(t *testing.T, opts lab.Options, test func(*testing.T, *node), args ...string) {
 	t.Helper()
-	for _, hook := range []datapath.Hook{datapath.HookTCX, datapath.HookTC} {
+	for _, hook := range hooks() {
 		t.Run(string(hook), func(t *testing.T) {
 			t.Parallel()
 			if hook == datapath.HookTCX {
@@ -63,9 +64,21 @@ func eachHook(t *testing.T, opts lab.Options, test func(*testing.T, *node), args
 	}
 }
 
-// expectHook checks how eth0 is attached.
+// hooks are the kinds of attachment in the mode of the run.
+func hooks() []datapath.Hook {
+	if suiteBackend != "" {
+		return []datapath.Hook{agent.HookIPTables}
+	}
+	return []datapath.Hook{datapath.HookTCX, datapath.HookTC}
+}
+
+// expectHook checks how eth0 is attached. In iptables mode it is by rules, whatever the test did
+// to have another hook.
 func (n *node) expectHook(hook datapath.Hook) {
 	n.t.Helper()
+	if n.backend != "" {
+		hook = agent.HookIPTables
+	}
 	if st := n.status(); len(st.Devices) != 1 || st.Devices[0].Hook != hook {
 		n.t.Fatalf("devices: %+v, want one on %s", st.Devices, hook)
 	}

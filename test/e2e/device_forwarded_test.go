@@ -53,7 +53,7 @@ func TestUnusedFamily(t *testing.T) {
 	must(t, n.Node.DelAddr("eth0", netip.PrefixFrom(n.NodeAddr.V6, 64)))
 	n.start("--pod-cidrs=10.0.1.0/24")
 	out := n.cli("status")
-	if !strings.HasSuffix(strings.SplitN(out, "\n", 2)[0], "10.0.1.0/24 [IPv4: Enabled, IPv6: Enabled]") {
+	if line, _, _ := strings.Cut(out, "\n"); line != n.line("Masquerading:   BPF   [eth0]   10.0.1.0/24 [IPv4: Enabled, IPv6: Enabled]") {
 		t.Errorf("status:\n%s", out)
 	}
 	found := false

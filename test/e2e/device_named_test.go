@@ -50,7 +50,7 @@ func TestNamedDevice(t *testing.T) {
 	n.awaitDegraded("wan0")
 	wantBrief(t, n, "wan0")
 	r := n.try("status")
-	if line, rest, _ := strings.Cut(r.stdout, "\n"); r.code != 3 || !strings.Contains(line, "   [eth0]   ") || !strings.Contains(rest, "wan0") {
+	if line, rest, _ := strings.Cut(r.stdout, "\n"); r.code != 3 || !n.lineNames(line, "[eth0]") || !strings.Contains(rest, "wan0") {
 		t.Errorf("status: exit %d\n%s", r.code, r.stdout)
 	}
 	n.tapWorld().want(n.WorldAddr.V4, n.NodeAddr.V4)
@@ -59,7 +59,7 @@ func TestNamedDevice(t *testing.T) {
 	for i := range 2 {
 		world := n.plug("wan0", "203.0.113.1/24", "203.0.113.2/24")
 		st := n.awaitAttached("eth0", "wan0")
-		if line := n.awaitOK().Line(); !strings.Contains(line, "[eth0, wan0]") {
+		if line := n.awaitOK().Line(); !n.lineNames(line, "[eth0, wan0]") {
 			t.Errorf("%d: %s", i, line)
 		}
 		w := n.tap(world)

@@ -34,6 +34,7 @@ type node struct {
 	bin     string   // what start and CLI run
 	env     []string // of the agent, added to that of the test
 	noTCX   bool     // the agent finds a kernel without tcx
+	backend string   // of the rules of its agents; empty: they are in eBPF mode
 	agent   *process // the running one, or the last
 	log     logBuffer
 }
@@ -45,6 +46,7 @@ func newNode(t testing.TB, opts lab.Options) *node {
 	n := &node{Topology: labtest.NewNode(t, opts), t: t, dir: t.TempDir(), bin: bautaBin}
 	n.bpfRoot = filepath.Join(labtest.BPFFS(t), "bauta")
 	n.runDir = filepath.Join(n.dir, "run")
+	n.useMode(t)
 	t.Cleanup(func() {
 		if n.agent != nil {
 			n.agent.kill()
@@ -70,10 +72,10 @@ func (n *node) launch(args ...string) {
 	if n.agent != nil && !n.agent.ended() {
 		n.t.Fatal("an agent still runs")
 	}
-	all := append([]string{"agent", "--bpf-root", n.bpfRoot, "--run-dir", n.runDir, "--allow-private-bpffs"}, args...)
+	all := n.command(append([]string{"agent", "--bpf-root", n.bpfRoot, "--run-dir", n.runDir, "--allow-private-bpffs"}, args...))
 	fmt.Fprintf(&n.log, "$ bauta %s\n", strings.Join(all, " "))
 	cmd := exec.Command(n.bin, all...)
-	cmd.Env = append(os.Environ(), n.env...)
+	cmd.Env = append(append(os.Environ(), n.lockFile()), n.env...)
 	if n.noTCX {
 		cmd.Path = "/proc/self/exe"
 		cmd.Env = append(cmd.Env, withoutTCX+"="+n.bin)
@@ -156,7 +158,8 @@ func (n *node) try(args ...string) result {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, n.bin, append(slices.Clone(args), "--bpf-root", n.bpfRoot, "--run-dir", n.runDir)...)
+	cmd := exec.CommandContext(ctx, n.bin, append(n.command(args), "--bpf-root", n.bpfRoot, "--run-dir", n.runDir)...)
+	cmd.Env = append(os.Environ(), n.lockFile())
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := n.Node.Start(cmd)

@@ -166,6 +166,7 @@ func (s *services) check(t *testing.T) {
 
 // What kube-proxy does goes on working beside us, whoever came first.
 func TestKubeProxy(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	for _, proxy := range []string{"nftables", "iptables-nft", "iptables-legacy"} {
 		for _, first := range []string{"proxy", "agent"} {

@@ -32,6 +32,10 @@ const programsEnv = "BAUTA_E2E_PROGRAMS"
 
 func run(m *testing.M) int {
 	flag.Parse()
+	if err := chooseMode(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	made := os.Getenv(programsEnv)
 	dir, err := os.MkdirTemp("", "bauta-e2e-")
 	if err != nil {

@@ -135,9 +135,9 @@ func (n *node) awaitNothingOf(mode string) {
 
 // A connection that can't be moved drains, and the status says so, also with the agent down.
 func TestModeChangeDrains(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
-	n.env = append(n.env, n.lockFile())
 	n.start(podCIDRs, iptablesMode)
 	echo := server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4))
 	// A connection of another zone is of another table: no program could know it.

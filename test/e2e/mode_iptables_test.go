@@ -20,43 +20,6 @@ import (
 	"bauta.dev/bauta/internal/lab/labtest"
 )
 
-// iptablesMode is the option.
-const iptablesMode = "--enable-bpf-masquerade=false"
-
-// ruleBackends are the halves of the kernel that rules are in; both are installed in CI.
-var ruleBackends = []string{"nft", "legacy"}
-
-// inEachBackend runs a test with each backend, on a node where rules of others are in
-// that one: so the agent chooses it, as the wrappers of distributions do.
-func inEachBackend(t *testing.T, opts lab.Options, test func(t *testing.T, n *node, backend string)) {
-	t.Helper()
-	for _, backend := range ruleBackends {
-		t.Run(backend, func(t *testing.T) {
-			t.Parallel()
-			n := newNode(t, opts)
-			n.env = append(n.env, n.lockFile())
-			for _, family := range []string{"iptables", "ip6tables"} {
-				n.tables(family+"-"+backend, "-A", "INPUT", "-p", "sctp", "--dport", "1", "-j", "ACCEPT")
-			}
-			test(t, n, backend)
-		})
-	}
-}
-
-// lockFile gives the node a lock of its own for rules of the legacy backend: there is one
-// for all network namespaces of a machine, and so for all tests.
-func (n *node) lockFile() string { return "XTABLES_LOCKFILE=" + filepath.Join(n.dir, "xtables.lock") }
-
-// tables runs a program of iptables in the node.
-func (n *node) tables(name string, args ...string) string {
-	n.t.Helper()
-	out, err := n.Node.Run(within(n.t, patience), "env", append([]string{n.lockFile(), labtest.Tool(n.t, name)}, args...)...)
-	if err != nil {
-		n.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
-	}
-	return out
-}
-
 // ownThings are rules, chains of users and sets in the node: tables and their own
 // chains come with the first look at them.
 func (n *node) ownThings() string {
@@ -353,6 +316,7 @@ func TestIPTablesModePrivileges(t *testing.T) {
 
 // Rules of others that masquerade pods too are named, in both modes.
 func TestForeignRule(t *testing.T) {
+	setsModes(t)
 	for _, mode := range []string{iptablesMode, "--enable-bpf-masquerade=true"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
@@ -371,9 +335,9 @@ func TestForeignRule(t *testing.T) {
 // While somebody holds the lock of the legacy backend, nothing is in force and the status
 // says whose fault it is; afterwards all is well by itself.
 func TestIPTablesModeLocked(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
-	n.env = append(n.env, n.lockFile())
 	n.tables("iptables-legacy", "-A", "INPUT", "-p", "sctp", "--dport", "1", "-j", "ACCEPT")
 	lock, err := os.OpenFile(filepath.Join(n.dir, "xtables.lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	must(t, err)
@@ -393,6 +357,7 @@ func TestIPTablesModeLocked(t *testing.T) {
 
 // Both families off: nothing is translated, and that is fine.
 func TestIPTablesModeOff(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
 	n.start(iptablesMode, podCIDRs, "--enable-ipv4-masquerade=false", "--enable-ipv6-masquerade=false")
@@ -406,6 +371,7 @@ func TestIPTablesModeOff(t *testing.T) {
 // A node without ip6tables masquerades IPv4, and says what is missing; if it has no IPv6 pods,
 // nothing is.
 func TestIPTablesModeWithoutIP6Tables(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
 	multi, err := filepath.EvalSymlinks(labtest.Tool(t, "iptables-nft"))
@@ -438,6 +404,7 @@ func TestIPTablesModeWithoutIP6Tables(t *testing.T) {
 
 // Without iptables the agent says what to install, or to do without.
 func TestIPTablesModeWithoutBinaries(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
 	run := func(args ...string) result {

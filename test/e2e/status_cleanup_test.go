@@ -20,6 +20,9 @@ import (
 func (n *node) footprint() string {
 	n.t.Helper()
 	var out strings.Builder
+	if n.backend != "" {
+		out.WriteString(n.ownThings())
+	}
 	for _, command := range []string{"ip -o link show", "tc qdisc show", "tc filter show dev eth0 ingress", "tc filter show dev eth0 egress",
 		"sysctl -a --pattern ^net\\.(ipv4|ipv6|core)\\."} {
 		args := strings.Fields(command)
@@ -49,7 +52,7 @@ func (n *node) footprint() string {
 // cleanup takes away all there is, only then, and twice without harm.
 func TestCleanup(t *testing.T) {
 	t.Parallel()
-	for _, hook := range []datapath.Hook{datapath.HookTCX, datapath.HookTC} {
+	for _, hook := range hooks() {
 		t.Run(string(hook), func(t *testing.T) {
 			n := newNode(t, lab.Options{})
 			n.noTCX = hook == datapath.HookTC
@@ -70,7 +73,7 @@ func TestCleanup(t *testing.T) {
 			// With another run directory the lock tells.
 			runDir := n.runDir
 			n.runDir += "2"
-			wantError(t, n.try("cleanup"), 1, n.bpfRoot, "hint: --run-dir")
+			wantError(t, n.try("cleanup"), 1, n.place(), "hint: --run-dir")
 			n.runDir = runDir
 
 			if out := n.cli("cleanup", "--force"); !strings.Contains(out, "Ending the agent") {
@@ -98,7 +101,7 @@ func TestCleanup(t *testing.T) {
 			n.start(podCIDRs)
 			up.want(n.WorldAddr.V4, n.NodeAddr.V4)
 			n.stop()
-			if out := n.cli("cleanup"); !strings.Contains(out, n.bpfRoot) || !strings.Contains(out, n.runDir) {
+			if out := n.cli("cleanup"); !strings.Contains(out, n.place()) || !strings.Contains(out, n.runDir) {
 				t.Errorf("cleanup names nothing: %q", out)
 			}
 		})

@@ -44,6 +44,7 @@ func answers(c *net.TCPConn) bool {
 func TestNATList(t *testing.T) {
 	t.Parallel()
 	n := startNode(t, lab.Options{Pods: 2})
+	n.accounts()
 	server4 := server(t, lab.EchoTCP, n.World, netip.AddrPortFrom(n.WorldAddr.V4, 8080))
 	server6 := server(t, lab.EchoTCP, n.World, netip.AddrPortFrom(n.WorldAddr.V6, 8080))
 	udp4 := server(t, lab.EchoUDP, n.World, netip.AddrPortFrom(n.WorldAddr.V4, 5353))

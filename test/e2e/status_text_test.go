@@ -42,7 +42,7 @@ func TestStatusLine(t *testing.T) {
 			"BPF   [eth0]   10.0.0.0/8 172.16.0.0/12 fd00::/16 [IPv4: Enabled, IPv6: Enabled]"},
 	} {
 		n.start(c.args...)
-		want := "Masquerading:   " + c.line
+		want := "Masquerading:   " + n.line(c.line)
 		if line := n.statusLine(); line != want {
 			t.Errorf("%q, want %q", line, want)
 		}
@@ -105,7 +105,7 @@ func TestStatusJSON(t *testing.T) {
 	var st agent.Status
 	n.cliJSON(&st, "status")
 	m := st.Masquerading
-	if !m.Enabled || !m.EnabledProtocols.IPv4 || m.Mode != "BPF" || m.IPMasqAgent || m.SNATExclusionCIDRv4 != "10.0.1.0/24" || m.SNATExclusionCIDRv6 != "fd00:1::/64" {
+	if !m.Enabled || !m.EnabledProtocols.IPv4 || m.Mode != n.mode() || m.IPMasqAgent || m.SNATExclusionCIDRv4 != "10.0.1.0/24" || m.SNATExclusionCIDRv6 != "fd00:1::/64" {
 		t.Errorf("%+v", m)
 	}
 	info, err := os.Stat(filepath.Join(n.runDir, "policy.json"))
@@ -126,7 +126,7 @@ func TestStatusJSON(t *testing.T) {
 
 	must(t, os.Remove(filepath.Join(n.runDir, "policy.json")))
 	r := n.try("status")
-	if r.code != 3 || !strings.Contains(r.stdout, "policy.json") || !strings.Contains(r.stdout, "[eth0]") {
+	if r.code != 3 || !strings.Contains(r.stdout, "policy.json") || !n.lineNames(r.stdout, "[eth0]") {
 		t.Errorf("without policy.json: exit %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
 	must(t, os.WriteFile(filepath.Join(n.runDir, "policy.json"), []byte("{"), 0o600))

@@ -208,14 +208,17 @@ func TestConnectionsSurviveTheAgent(t *testing.T) {
 	if seen.Port() < 20000 || seen.Port() > 29999 {
 		t.Errorf("a new connection was seen as %s, want a port of the new range", seen)
 	}
-	if c := n.counts(); c["masq-new"] > connections+10 || c["masq-known"] < uint64(connections) {
-		t.Errorf("counts: %v", c)
-	}
+	n.wantCounts(func(c map[string]uint64) bool {
+		return c["masq-new"] <= connections+10 && c["masq-known"] >= connections
+	})
 }
 
-// expectTables checks the size of the tables.
+// expectTables checks the size of the tables. Rules have none.
 func (n *node) expectTables(flows int) {
 	n.t.Helper()
+	if n.backend != "" {
+		return
+	}
 	if f := n.status().Flows; f.IPv4.Limit != flows || f.IPv6.Limit != flows {
 		n.t.Fatalf("flows: %+v, want a limit of %d", f, flows)
 	}
