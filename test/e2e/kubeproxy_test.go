@@ -164,27 +164,51 @@ func (s *services) check(t *testing.T) {
 	}
 }
 
-// What kube-proxy does goes on working beside us, whoever came first.
+// What kube-proxy does goes on working beside us, whoever came first, in each mode and with
+// each shape of its rules.
 func TestKubeProxy(t *testing.T) {
 	setsModes(t)
 	t.Parallel()
-	for _, proxy := range []string{"nftables", "iptables-nft", "iptables-legacy"} {
-		for _, first := range []string{"proxy", "agent"} {
-			t.Run(proxy+", "+first+" first", func(t *testing.T) {
-				t.Parallel()
-				n := newNode(t, lab.Options{Pods: 2})
-				s := newServices(t, n)
-				if first == "proxy" {
-					s.install(t, proxy)
+	for _, ours := range []string{"", "nft", "legacy"} {
+		for _, proxy := range []string{"nftables", "iptables-nft", "iptables-legacy"} {
+			for _, first := range []string{"proxy", "agent"} {
+				mode := "eBPF"
+				if ours != "" {
+					mode = "iptables-" + ours
 				}
-				n.start(podCIDRs)
-				if first == "agent" {
-					s.install(t, proxy)
-				}
-				wire := n.watchWire()
-				s.check(t)
-				wire.check(t)
-			})
+				t.Run(mode+", "+proxy+", "+first+" first", func(t *testing.T) {
+					t.Parallel()
+					testKubeProxy(t, ours, proxy, first == "proxy")
+				})
+			}
 		}
+	}
+}
+
+func testKubeProxy(t *testing.T, ours, proxy string, proxyFirst bool) {
+	n := newNode(t, lab.Options{Pods: 2})
+	args := []string{podCIDRs}
+	if ours != "" {
+		n.useBackend(ours)
+		// The one with more rules would be the proxy's. On a node with one it is kubelet's hint that
+		// decides, though it should be the same.
+		for _, family := range []string{"iptables-", "ip6tables-"} {
+			n.tables(family+ours, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+		}
+		args = append(args, iptablesMode)
+	}
+	s := newServices(t, n)
+	if proxyFirst {
+		s.install(t, proxy)
+	}
+	n.start(args...)
+	if !proxyFirst {
+		s.install(t, proxy)
+	}
+	wire := n.watchWire()
+	s.check(t)
+	wire.check(t)
+	if tier := n.status().Datapath.Tier; ours != "" && tier != "iptables-"+ours {
+		t.Errorf("rules of ours are in %s, want iptables-%s", tier, ours)
 	}
 }
