@@ -21,6 +21,9 @@ demo: build ## the main job, proved in network namespaces on this machine (root,
 test: check ## everything: unit, program and lab tests (root, under 10 minutes)
 	@tools/need test
 	go test -count=1 -timeout 9m $(ROOT_PACKAGES)
+	# The suite once more in iptables mode: 40 s for each backend.
+	BAUTA_E2E_MODE=iptables-nft go test -count=1 -timeout 5m ./test/e2e
+	BAUTA_E2E_MODE=iptables-legacy go test -count=1 -timeout 5m ./test/e2e
 
 check: ## what needs no privileges: vet, lint, unit tests (under 1 minute)
 	@tools/need demo

@@ -50,7 +50,7 @@ func becomeOldKernelAgent(program string) error {
 func eachHook(t *testing.T, opts lab.Options, test func(*testing.T, *node), args ...string) {
 	t.Helper()
 	for _, hook := range hooks() {
-		t.Run(string(hook), func(t *testing.T) {
+		t.Run(hookName(hook), func(t *testing.T) {
 			t.Parallel()
 			if hook == datapath.HookTCX {
 				labtest.Kernel(t, labtest.TCX)
@@ -70,6 +70,13 @@ func hooks() []datapath.Hook {
 		return []datapath.Hook{agent.HookIPTables}
 	}
 	return []datapath.Hook{datapath.HookTCX, datapath.HookTC}
+}
+
+func hookName(hook datapath.Hook) string {
+	if hook == agent.HookIPTables {
+		return "iptables-" + suiteBackend
+	}
+	return string(hook)
 }
 
 // expectHook checks how eth0 is attached. In iptables mode it is by rules, whatever the test did

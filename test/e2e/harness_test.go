@@ -113,6 +113,8 @@ func (n *node) waitReady() {
 			return fmt.Errorf("agent: %s, pid %d", st.Agent.State, st.Agent.PID)
 		case !st.Agent.Ready:
 			return fmt.Errorf("agent is not ready: %s", st.Agent.Error)
+		case suiteBackend != "" && st.Masquerading.Enabled && st.Datapath.Tier != "iptables-"+suiteBackend:
+			n.t.Fatalf("the agent works with %s, in a run with %s", st.Datapath.Tier, suiteBackend)
 		}
 		return nil
 	})

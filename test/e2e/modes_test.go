@@ -45,7 +45,7 @@ func chooseMode() error {
 func setsModes(t *testing.T) {
 	t.Helper()
 	if suiteBackend != "" {
-		t.Skip("sets modes by itself, and runs without " + modeEnv)
+		t.Skipf("%s: it sets modes by itself, and runs without %s", labtest.OtherMode, modeEnv)
 	}
 }
 
@@ -57,7 +57,7 @@ func (n *node) useMode(t testing.TB) {
 	}
 	name, _, _ := strings.Cut(t.Name(), "/")
 	if why := notInIPTables[name]; why != "" {
-		t.Skip("not in iptables mode: " + why)
+		t.Skipf("%s: %s", labtest.OtherMode, why)
 	}
 	n.useBackend(suiteBackend)
 }

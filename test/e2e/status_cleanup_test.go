@@ -53,7 +53,7 @@ func (n *node) footprint() string {
 func TestCleanup(t *testing.T) {
 	t.Parallel()
 	for _, hook := range hooks() {
-		t.Run(string(hook), func(t *testing.T) {
+		t.Run(hookName(hook), func(t *testing.T) {
 			n := newNode(t, lab.Options{})
 			n.noTCX = hook == datapath.HookTC
 			before := n.footprint()

@@ -21,6 +21,8 @@ const (
 	OldKernel Reason = "kernel too old"
 	// NewKernel: the running kernel has it no longer.
 	NewKernel Reason = "kernel too new"
+	// OtherMode: the test has no place in the mode of this run.
+	OtherMode Reason = "another mode"
 )
 
 // Feature is something that a kernel release brought.
