@@ -307,7 +307,7 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 	}
 	c := &changeover{backend: rules, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{
-		maps: programs, tracked: netfilterTable{},
+		maps: programs, tracked: netfilterTable{}, log: l.log,
 		programs: steps{
 			ready: func(ctx context.Context) error {
 				in := c.policy.Input()
@@ -341,7 +341,7 @@ func (l *loop) replaceRules(ctx context.Context, programs *datapath.Datapath, fr
 	}
 	c := &changeover{backend: bpf{programs}, flows: programs, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{
-		maps: programs, tracked: netfilterTable{},
+		maps: programs, tracked: netfilterTable{}, log: l.log,
 		programs: steps{start: func(ctx context.Context) error { return programs.Apply(ctx, c.policy) }},
 		rules:    steps{ready: rules.rules.Drain},
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 
 	"bauta.dev/bauta/internal/conntrack"
@@ -59,7 +60,8 @@ type modeSwitch struct {
 	// wanted tells whether the programs may take a connection that netfilter translates: it leaves
 	// by a masquerade device, and with an address of it.
 	wanted func(conntrack.Flow) bool
-	batch  int // how many connections are held at a time; 0: switchBatch
+	batch  int          // how many connections are held at a time; 0: switchBatch
+	log    *slog.Logger // nil: none
 
 	// refused are connections that netfilter did not take. With rules in force they must not be
 	// tried again: without an entry they are new ones.
@@ -110,15 +112,18 @@ func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
 	if err := s.maps.SetHandover(true); err != nil {
 		return out, err
 	}
+	s.note("netfilter's packets pass the programs")
 	// New connections are theirs already, unless a switch was cut off: then rules are in force.
 	if err := s.programs.Start(ctx); err != nil {
 		return out, err
 	}
+	s.note("programs have their policy")
 	// From here on netfilter tracks what pods send. The packet of a connection that it did not
 	// know is a new one to it: not translated, as there is no rule yet. The programs do it.
 	if err := s.rules.Ready(ctx); err != nil {
 		return out, err
 	}
+	s.note("netfilter tracks pods")
 	for range switchPasses {
 		// Their mappings stay for now, so that no new flow of the programs gets their ports.
 		if n, err := s.passToRules(ctx); err != nil {
@@ -127,17 +132,21 @@ func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
 			break
 		}
 	}
+	s.note("connections moved")
 	// What is with the programs still must not be new to netfilter when there are rules.
 	if err := s.track(ctx); err != nil {
 		return out, err
 	}
+	s.note("netfilter knows the rest")
 	// New connections leave translated, and pass the programs.
 	if err := s.rules.Start(ctx); err != nil {
 		return out, err
 	}
+	s.note("rules have new connections")
 	if err := s.programs.Ready(ctx); err != nil {
 		return out, err
 	}
+	s.note("programs take nothing new")
 	// The last ones of the programs. With the rules in force a packet between the two
 	// entries would be translated as a new one: to the same port, unless that was not the
 	// pod's own. That is why so few are moved only now.
@@ -145,6 +154,13 @@ func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
 		return out, err
 	}
 	return s.forget(ctx)
+}
+
+// note logs a state between two steps.
+func (s *modeSwitch) note(step string) {
+	if s.log != nil {
+		s.log.Debug("mode change", "step", step)
+	}
 }
 
 // forget removes the mappings of what netfilter has.
@@ -337,21 +353,26 @@ func (s *modeSwitch) toPrograms(ctx context.Context) (out switched, err error) {
 	if err := s.maps.SetHandover(true); err != nil {
 		return out, err
 	}
+	s.note("the programs let netfilter's packets pass")
 	// The programs are there. Pods' packets come translated: rules are in force.
 	if err := s.programs.Start(ctx); err != nil {
 		return out, err
 	}
+	s.note("programs are there")
 	// Mappings that are netfilter's keep its ports from flows that the programs get.
 	if err := s.reserve(ctx); err != nil {
 		return out, err
 	}
+	s.note("ports of netfilter are kept free")
 	// New connections come with the pod's address, and get a mapping.
 	if err := s.rules.Ready(ctx); err != nil {
 		return out, err
 	}
+	s.note("programs have new connections")
 	if err := s.reserve(ctx); err != nil { // those that came since
 		return out, err
 	}
+	s.note("programs know netfilter's connections")
 	if out.Moved, err = s.passToPrograms(ctx); err != nil {
 		return out, err
 	}

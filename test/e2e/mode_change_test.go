@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -10,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -73,53 +71,6 @@ func TestModeChange(t *testing.T) {
 		allAnswer("without iptables mode")
 		if line := n.statusLine(); !strings.HasPrefix(line, "Masquerading:   BPF (ip-masq-agent)   [eth0]") {
 			t.Error(line)
-		}
-		wire.check(t)
-	})
-}
-
-// The same in both directions under 200 connections that are never silent for long, and
-// while pods connect all the time.
-func TestModeChangeUnderLoad(t *testing.T) {
-	inEachBackend(t, lab.Options{Pods: 2}, func(t *testing.T, n *node, _ string) {
-		n.start(podCIDRs)
-		wire := n.watchWire()
-		servers := []netip.AddrPort{
-			server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4)), server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V6)),
-		}
-		k := converse(t, n.Pods[0], 200, servers...)
-		k.goesOn(t, "before")
-		ctx, cancel := context.WithCancel(t.Context())
-		storm := &load{ctx: ctx, done: make(map[string]int)}
-		for i := range 4 {
-			at := server(t, lab.EchoTCP, n.World, anyPort(servers[i%2].Addr()))
-			storm.work("connect "+family(at.Addr()), 5*time.Millisecond, func() error {
-				limit, cancel := context.WithTimeout(t.Context(), patience)
-				defer cancel()
-				seen, c, err := lab.AskTCP(limit, n.Pods[1], netip.AddrPort{}, at)
-				if err != nil {
-					return err
-				}
-				defer c.Close()
-				if seen.Addr() != n.NodeAddr.Of(at.Addr()) {
-					return fmt.Errorf("seen as %s", seen)
-				}
-				return exchange(c)
-			})
-		}
-		for _, change := range []struct{ option, old string }{
-			{iptablesMode, agent.ModeBPF}, {"--enable-bpf-masquerade=true", agent.ModeIPTables}, {iptablesMode, agent.ModeBPF},
-		} {
-			n.restart(change.option)
-			k.goesOn(t, "with "+change.option)
-			n.awaitNothingOf(change.old)
-			k.goesOn(t, "without "+change.old)
-		}
-		cancel()
-		storm.group.Wait()
-		t.Logf("connected meanwhile: %v", storm.done)
-		for _, err := range storm.errs[:min(3, len(storm.errs))] {
-			t.Errorf("%d errors, among them: %v", len(storm.errs), err)
 		}
 		wire.check(t)
 	})

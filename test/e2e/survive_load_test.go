@@ -19,6 +19,7 @@ import (
 type talk struct {
 	conns  []net.Conn
 	seen   []netip.AddrPort
+	ctx    context.Context
 	cancel context.CancelFunc
 	group  sync.WaitGroup
 	rounds atomic.Int64
@@ -35,18 +36,29 @@ const pause = 50 * time.Millisecond
 // them busy until the test ends.
 func converse(t *testing.T, ns *lab.NS, count int, servers ...netip.AddrPort) *talk {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	k := &talk{cancel: cancel}
-	t.Cleanup(k.end)
+	k := newTalk(t)
 	for i := range count {
-		seen, c, err := lab.AskTCP(within(t, 30*time.Second), ns, netip.AddrPort{}, servers[i%len(servers)])
-		if err != nil {
-			t.Fatalf("connection %d: %v", i, err)
-		}
-		k.conns, k.seen = append(k.conns, c), append(k.seen, seen)
-		k.group.Go(func() { k.keep(ctx, c) })
+		k.open(t, ns, netip.AddrPort{}, servers[i%len(servers)])
 	}
 	return k
+}
+
+func newTalk(t *testing.T) *talk {
+	k := new(talk)
+	k.ctx, k.cancel = context.WithCancel(context.Background())
+	t.Cleanup(k.end)
+	return k
+}
+
+// open adds a connection.
+func (k *talk) open(t *testing.T, ns *lab.NS, local, server netip.AddrPort) {
+	t.Helper()
+	seen, c, err := lab.AskTCP(within(t, 30*time.Second), ns, local, server)
+	if err != nil {
+		t.Fatalf("connection %d: %v", len(k.conns), err)
+	}
+	k.conns, k.seen = append(k.conns, c), append(k.seen, seen)
+	k.group.Go(func() { k.keep(k.ctx, c) })
 }
 
 func (k *talk) keep(ctx context.Context, c net.Conn) {
