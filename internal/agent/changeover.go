@@ -192,7 +192,7 @@ func (o *oldPrograms) Left(ctx context.Context, swept datapath.Swept) (int, erro
 		o.had = flows
 	}
 	shifted, shiftErr := o.programs.Shifted(ctx)
-	return len(flows) + shifted, errors.Join(err, shiftErr, o.programs.Drain(swept))
+	return len(flows) + len(shifted), errors.Join(err, shiftErr, o.programs.Drain(swept))
 }
 
 // without returns the flows of a that are not in b.

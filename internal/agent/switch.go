@@ -19,7 +19,7 @@ type mappings interface {
 	Import(context.Context, []datapath.Flow) (taken int, refused []datapath.Refusal, err error)
 	SetSide(context.Context, []datapath.Flow, datapath.Side) (int, error)
 	Forget(context.Context, []datapath.Flow) (int, error)
-	Shifted(context.Context) (int, error)
+	Shifted(context.Context) ([]datapath.Flow, error)
 }
 
 // connections is netfilter's table.
@@ -179,7 +179,7 @@ func (s *modeSwitch) forget(ctx context.Context) (out switched, err error) {
 		return out, err
 	}
 	shifted, err := s.maps.Shifted(ctx)
-	out.Left = len(flows) - len(away) + shifted
+	out.Left = len(flows) - len(away) + len(shifted)
 	return out, err
 }
 
@@ -275,6 +275,10 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	bound, err := s.bound(ctx)
+	if err != nil {
+		return 0, err
+	}
 	var done, todo []datapath.Flow
 	for _, f := range flows {
 		switch old, ok := known[keyOf(f)]; {
@@ -282,7 +286,7 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 			if f.Side != datapath.SideAway { // a switch that was cut off came this far
 				done = append(done, f)
 			}
-		case s.refused[keyOf(f)]:
+		case s.refused[keyOf(f)], bound[flowKey{f.Proto, f.Xlate, f.Dst}]:
 		case !ok || movable(old):
 			todo = append(todo, f)
 		}
@@ -300,6 +304,17 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 		todo = todo[n:]
 	}
 	return moved, nil
+}
+
+// bound are the external sockets, with the remote, that the node uses too, under another port:
+// to netfilter both flows would be one. Neither can leave the programs.
+func (s *modeSwitch) bound(ctx context.Context) (map[flowKey]bool, error) {
+	shifted, err := s.maps.Shifted(ctx)
+	out := make(map[flowKey]bool, len(shifted))
+	for _, f := range shifted {
+		out[keyOf(f)] = true
+	}
+	return out, err
 }
 
 // batchToRules moves some mappings.

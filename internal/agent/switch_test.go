@@ -172,7 +172,7 @@ func (n *fakeNode) Forget(_ context.Context, flows []datapath.Flow) (int, error)
 	return len(flows), n.step()
 }
 
-func (n *fakeNode) Shifted(context.Context) (int, error) { return 0, n.step() }
+func (n *fakeNode) Shifted(context.Context) ([]datapath.Flow, error) { return nil, n.step() }
 
 func (n *fakeNode) List(_ context.Context, f conntrack.Filter) (out []conntrack.Flow, err error) {
 	for _, c := range n.entries {

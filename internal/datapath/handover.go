@@ -220,23 +220,23 @@ func (d *Datapath) otherSide(flows []Flow, side Side) (out []Flow) {
 
 func (d *Datapath) tablesOf(a netip.Addr) flowTables { return d.sweeper.tables[familyOf(a)] }
 
-// Shifted counts the flows of the node, and of others with its address, that got another
+// Shifted returns the flows of the node, and of others with its address, that got another
 // port because a mapping has theirs. They end with the programs.
-func (d *Datapath) Shifted(ctx context.Context) (n int, err error) {
+func (d *Datapath) Shifted(ctx context.Context) (out []Flow, err error) {
 	for _, t := range d.sweeper.tables {
 		for e, err := range t.all(t.forward) {
 			if err == nil {
 				err = ctx.Err()
 			}
 			if err != nil {
-				return n, err
+				return nil, err
 			}
 			if e.host() && e.xlate != e.key.local {
-				n++
+				out = append(out, Flow{Proto: e.key.proto, Src: e.key.local, Dst: e.key.remote, Xlate: e.xlate})
 			}
 		}
 	}
-	return n, nil
+	return out, nil
 }
 
 // clearSides makes all mappings ours.

@@ -86,8 +86,8 @@ func testHandover(t *testing.T, r *rig) {
 				}
 				r.must(r.d.SetHandover(false))
 			}
-			if n, err := r.d.Shifted(t.Context()); n != 1 || err != nil {
-				t.Errorf("%s: %d shifted, %v", k.name, n, err)
+			if n, err := r.d.Shifted(t.Context()); len(n) != 1 || err != nil {
+				t.Errorf("%s: shifted: %v, %v", k.name, n, err)
 			}
 		}
 		// A protocol without ports: the pod's mapping is not taken away.
