@@ -118,16 +118,8 @@ func configWarnings(cfg config.Config) []string {
 	if len(cfg.Ignored) > 0 {
 		list = append(list, "keys of the config directory without effect here: "+strings.Join(cfg.Ignored, ", "))
 	}
-	for _, o := range []struct {
-		set  bool
-		name string
-	}{
-		{cfg.MetricsAddr != "", "prometheus-serve-addr"},
-		{cfg.TakeOver, "take-over"},
-	} {
-		if o.set {
-			list = append(list, o.name+": not in this release, has no effect")
-		}
+	if cfg.MetricsAddr != "" {
+		list = append(list, "prometheus-serve-addr: not in this release, has no effect")
 	}
 	return list
 }

@@ -141,6 +141,7 @@ var examples = map[string]string{
 	"nodes-file":                   "/etc/bauta/nodes",
 	"reserved-ports":               "[40000, 50000-50100]",
 	"bpf-nat-global-max":           "131072",
+	"take-over":                    "IP-MASQ-AGENT",
 	"k8s-kubeconfig-path":          "/etc/bauta/kubeconfig",
 	"k8s-node-name":                "node-1",
 	"prometheus-serve-addr":        "127.0.0.1:9965",

@@ -46,7 +46,7 @@ type Config struct {
 	IPTablesRandomFully bool
 	IPTablesLockTimeout time.Duration
 	DrainTimeout        time.Duration
-	TakeOver            bool
+	TakeOver            string // empty: nothing; Unnamed: a switch of old, which names nothing
 	AllowPrivateBPFFS   bool
 
 	K8s         bool

@@ -52,7 +52,7 @@ var samples = map[string]string{
 	"iptables-random-fully":             "true",
 	"iptables-lock-timeout":             "1m",
 	"drain-timeout":                     "1h",
-	"take-over":                         "true",
+	"take-over":                         "IP-MASQ-AGENT",
 	"allow-private-bpffs":               "true",
 	"enable-k8s":                        "true",
 	"k8s-kubeconfig-path":               "/root/.kube/config",

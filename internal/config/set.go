@@ -193,3 +193,20 @@ func setMetricsAddr(c *Config, s setting) error {
 func setLogLevel(c *Config, s setting) error {
 	return c.LogLevel.UnmarshalText([]byte(s.text()))
 }
+
+// Unnamed is the value of take-over that says no more than yes.
+const Unnamed = "true"
+
+// setTakeOver takes what names a chain or a rule, and a switch that is off. What stands
+// for on is for the agent to refuse: it knows what there is.
+func setTakeOver(c *Config, s setting) error {
+	c.TakeOver = s.text()
+	if on, err := s.bool(); err == nil {
+		c.TakeOver = ""
+		if on {
+			c.TakeOver = Unnamed
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s %s (%s): names nothing, the agent will not start: name a chain or a rule", s.name, s.text(), s.source))
+		}
+	}
+	return nil
+}

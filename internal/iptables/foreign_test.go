@@ -63,16 +63,15 @@ table ip kube-proxy {
 			`IPv4 nat POSTROUTING: -s 10.0.1.7/32 -o eth0 -j SNAT --to-source 192.0.2.99`,
 			`IPv4 nat POSTROUTING: ! -s 10.0.1.128/25 -j MASQUERADE`,
 			`IPv6 nat POSTROUTING: -s fd00::/8 -j MASQUERADE`,
-			`IPv4 inet gateway post: masquerade`,
-			`IPv4 inet gateway post: snat`,
-			`IPv6 inet gateway post: snat`,
+			`IPv4 inet gateway post: ip saddr 10.0.1.0/24 oifname "eth0" masquerade`,
+			`IPv4 inet gateway post: snat ip to 192.0.2.5`,
+			`IPv6 inet gateway post: snat ip to 192.0.2.5`,
 		}
 		var got []string
 		n.do(func() error {
 			list, err := Foreign(context.Background(), Options{}, podSources)
 			for _, r := range list {
-				text, _, _ := strings.Cut(r.Rule, " (nft handle")
-				got = append(got, fmt.Sprintf("%s %s %s: %s", r.Family, r.Table, r.Chain, text))
+				got = append(got, fmt.Sprintf("%s %s %s: %s", r.Family, r.Table, r.Chain, r.Rule))
 			}
 			return err
 		})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -24,25 +25,10 @@ type nftRule struct {
 
 // foreignNative looks at native nft rules. Without nft there is nobody to have made any.
 func foreignNative(ctx context.Context, o Options, sources []netip.Prefix, known []string) ([]ForeignRule, error) {
-	path := o.find("nft")
-	if path == "" {
-		return nil, nil
-	}
-	out, err := o.run(ctx, path, "", "-j", "-t", "-a", "list", "ruleset")
-	if err != nil {
-		return nil, err
-	}
-	var ruleset nftRuleset
-	if err := json.Unmarshal([]byte(out), &ruleset); err != nil {
-		return nil, fmt.Errorf("nft list ruleset: %w", err)
-	}
 	var found []ForeignRule
 	marked := make(map[string]bool)
-	for _, entry := range ruleset.Nftables {
-		r := entry.Rule
-		if r == nil || strings.HasPrefix(r.Chain, chainPrefix) {
-			continue
-		}
+	texts := make(map[string]map[int]string)
+	err := o.eachNative(ctx, func(r *nftRule) error {
 		for _, f := range r.families() {
 			if r.Table == "nat" && slices.Contains(known, f.String()+" nat "+r.Chain) {
 				continue
@@ -51,15 +37,69 @@ func foreignNative(ctx context.Context, o Options, sources []netip.Prefix, known
 			switch {
 			case r.has("return") && r.asks("mark"):
 				marked[id] = true
-			case r.has("masquerade") || r.has("snat"):
-				if !marked[id] && !r.asks("mark") && r.sourceOverlaps(f, sources) {
-					found = append(found, ForeignRule{Family: f.String(), Table: r.Family + " " + r.Table, Chain: r.Chain,
-						Rule: r.text(), family: r.Family, handle: r.Handle})
+			case r.translates() && !marked[id] && !r.asks("mark") && r.sourceOverlaps(f, sources):
+				text, err := r.text(ctx, o, texts)
+				if err != nil {
+					return err
 				}
+				found = append(found, r.foreign(f, text))
 			}
 		}
+		return nil
+	})
+	return found, err
+}
+
+// namedNative finds the native rules that a name means. A rule of both families is two. known
+// are chains that iptables lists.
+func namedNative(ctx context.Context, o Options, n naming, sources []netip.Prefix, known map[string]bool) (found []natRule, err error) {
+	texts := make(map[string]map[int]string)
+	err = o.eachNative(ctx, func(r *nftRule) error {
+		for _, f := range r.families() {
+			if !r.translates() || r.Table == "nat" && known[f.String()+" "+r.Chain] {
+				continue
+			}
+			text, err := r.text(ctx, o, texts)
+			if err != nil {
+				return err
+			}
+			if rule := r.foreign(f, text); n.means(rule) {
+				found = append(found, natRule{ForeignRule: rule, masks: !r.asks("mark") && r.sourceOverlaps(f, sources)})
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
+func (o Options) eachNative(ctx context.Context, visit func(*nftRule) error) error {
+	path := o.find("nft")
+	if path == "" {
+		return nil
 	}
-	return found, nil
+	out, err := o.run(ctx, path, "", "-j", "-t", "-a", "list", "ruleset")
+	if err != nil {
+		return err
+	}
+	var ruleset nftRuleset
+	if err := json.Unmarshal([]byte(out), &ruleset); err != nil {
+		return fmt.Errorf("nft list ruleset: %w", err)
+	}
+	for _, entry := range ruleset.Nftables {
+		if entry.Rule == nil || strings.HasPrefix(entry.Rule.Chain, chainPrefix) {
+			continue
+		}
+		if err := visit(entry.Rule); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *nftRule) translates() bool { return r.has("masquerade") || r.has("snat") }
+
+func (r *nftRule) foreign(f Family, text string) ForeignRule {
+	return ForeignRule{Family: f.String(), Table: r.Family + " " + r.Table, Chain: r.Chain, Rule: text, family: r.Family, handle: r.Handle}
 }
 
 func (r *nftRule) families() []Family {
@@ -151,11 +191,25 @@ func nftPrefixes(raw json.RawMessage) []netip.Prefix {
 	return list
 }
 
-// text is short: who wants all of it asks nft by the handle.
-func (r *nftRule) text() string {
-	what := "masquerade"
-	if r.has("snat") {
-		what = "snat"
+// text is the rule as nft lists it. texts keeps what was read of each chain.
+func (r *nftRule) text(ctx context.Context, o Options, texts map[string]map[int]string) (string, error) {
+	id := r.Family + " " + r.Table + " " + r.Chain
+	if texts[id] == nil {
+		texts[id] = make(map[int]string)
+		out, err := o.run(ctx, o.find("nft"), fmt.Sprintf("list chain %s\n", id), "-a", "-s", "-f", "-")
+		if err != nil {
+			return "", err
+		}
+		for line := range strings.Lines(out) {
+			line = strings.TrimSpace(line)
+			if m := handlePattern.FindStringSubmatch(line); m != nil && !strings.Contains(line, "{ # handle") {
+				n, _ := strconv.Atoi(m[1])
+				texts[id][n] = handlePattern.ReplaceAllString(line, "")
+			}
+		}
 	}
-	return fmt.Sprintf("%s (nft handle %d)", what, r.Handle)
+	if text := texts[id][r.Handle]; text != "" {
+		return text, nil
+	}
+	return fmt.Sprintf("(nft handle %d)", r.Handle), nil // it has just gone
 }

@@ -1,0 +1,140 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"bauta.dev/bauta/internal/lab/labtest"
+)
+
+const masqAgentRules = `*nat
+:IP-MASQ-AGENT - [0:0]
+:MARKED - [0:0]
+:DEEP - [0:0]
+:BETWEEN - [0:0]
+:LONELY - [0:0]
+-A POSTROUTING -m comment --comment "ip-masq-agent: ensure nat POSTROUTING directs all non-LOCAL traffic" -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT
+-A POSTROUTING -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A POSTROUTING -o twice -j MASQUERADE
+-A POSTROUTING -o twice -j MASQUERADE
+-A POSTROUTING -o eth0 -j ACCEPT
+-A POSTROUTING -j MARKED
+-A POSTROUTING -j BETWEEN
+-A MARKED -j MARK --set-xmark 0x1/0x1
+-A MARKED -j MASQUERADE
+-A BETWEEN -j DEEP
+-A DEEP -o eth7 -j MASQUERADE
+-A LONELY -o eth8 -j MASQUERADE
+-A IP-MASQ-AGENT -d 10.0.0.0/8 -m comment --comment "ip-masq-agent: local traffic" -j RETURN
+-A IP-MASQ-AGENT -m comment --comment "ip-masq-agent: outbound traffic" -j MASQUERADE --random-fully
+COMMIT
+`
+
+const nativeRules = `table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority 100
+		ip saddr 10.0.1.0/24 ip daddr != 10.0.0.0/8 counter masquerade
+		oifname "eth3" masquerade
+		oifname "eth4" accept
+	}
+}
+table inet both {
+	chain post {
+		type nat hook postrouting priority 100
+		oifname "eth5" masquerade
+	}
+}
+`
+
+// A name means a chain or a rule, in the words of the listings, and what it means is removed and
+// nothing else.
+func TestNamed(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		backend := "iptables-" + string(o.Backend)
+		for _, c := range []struct {
+			name, does string // does: what is removed, a line each
+			err        error
+		}{
+			{"IP-MASQ-AGENT", `IPv4, BACKEND, table nat: rule POSTROUTING -m comment --comment "ip-masq-agent: ensure nat POSTROUTING directs all non-LOCAL traffic" -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT
+IPv4, BACKEND, table nat: chain IP-MASQ-AGENT, 2 rules
+IPv6, BACKEND, table nat: rule POSTROUTING -j IP-MASQ-AGENT
+IPv6, BACKEND, table nat: chain IP-MASQ-AGENT, 1 rules`, nil},
+			{"-A POSTROUTING -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE",
+				"IPv4, BACKEND, table nat: chain POSTROUTING: rule -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE", nil},
+			{"iptables -t nat -A POSTROUTING -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE",
+				"IPv4, BACKEND, table nat: chain POSTROUTING: rule -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE", nil},
+			{"IPv4, table nat, chain POSTROUTING: -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE",
+				"IPv4, BACKEND, table nat: chain POSTROUTING: rule -s 10.0.1.0/24 ! -d 10.0.0.0/8 -o eth1 -j MASQUERADE", nil},
+			{`ip saddr 10.0.1.0/24 ip daddr != 10.0.0.0/8 counter packets 7 bytes 99 masquerade # handle 12`,
+				"nft, table ip nat, chain postrouting: rule ip saddr 10.0.1.0/24 ip daddr != 10.0.0.0/8 counter masquerade", nil},
+			{`IPv4, table ip nat, chain postrouting: oifname "eth3" masquerade`, `nft, table ip nat, chain postrouting: rule oifname "eth3" masquerade`, nil},
+			{"oifname eth5 masquerade", `nft, table inet both, chain post: rule oifname "eth5" masquerade`, nil},
+			{"-A POSTROUTING -o nowhere -j MASQUERADE", "", ErrNotFound},
+			{"IP-MASQ", "", ErrNotFound},
+			{"LONELY", "", ErrNotFound},
+			{"POSTROUTING", "", ErrNotFound},
+			{"BAUTA-POSTROUTING", "", ErrNotFound},
+			{"masquerade", "", ErrNotFound},
+			{"-A POSTROUTING -o twice -j MASQUERADE", "", ErrAmbiguous},
+			{"-A POSTROUTING -o eth0 -j ACCEPT", "", ErrUnfit},
+			{"-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", "", ErrUnfit},
+			{"MARKED", "", ErrUnfit},
+			{"BETWEEN", "", ErrUnfit},
+			{"DEEP", "", ErrNotFound},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				n := tables(t, labtest.NewNS(t), o)
+				n.apply(build(t, listed))
+				n.feed(masqAgentRules, n.ipt(IPv4, "-restore"), "--noflush")
+				n.feed("*nat\n:IP-MASQ-AGENT - [0:0]\n-A POSTROUTING -j IP-MASQ-AGENT\n-A IP-MASQ-AGENT -j MASQUERADE\nCOMMIT\n", n.ipt(IPv6, "-restore"), "--noflush")
+				n.feed(nativeRules, "nft", "-f", "-")
+				before := n.run("nft", "list", "ruleset") + n.run("iptables-legacy-save") + n.run("ip6tables-legacy-save")
+				var removed []string
+				n.do(func() error {
+					found, err := FindNamed(context.Background(), Options{}, c.name, podSources)
+					if !errors.Is(err, c.err) {
+						t.Fatalf("%v, want %v", err, c.err)
+					}
+					if err != nil {
+						t.Log(err)
+						return nil
+					}
+					again := n.run("nft", "list", "ruleset") + n.run("iptables-legacy-save") + n.run("ip6tables-legacy-save")
+					if rulesOnly(before) != rulesOnly(again) {
+						t.Error("looking changed something")
+					}
+					removed, err = RemoveNamed(context.Background(), o, c.name, podSources)
+					if got := strings.ReplaceAll(strings.Join(removed, "\n"), backend, "BACKEND"); got != c.does || strings.Join(found.Removals, "\n") != strings.Join(removed, "\n") {
+						t.Errorf("removed\n%s\nwant\n%s", got, c.does)
+					}
+					return err
+				})
+				after := n.run("nft", "list", "ruleset") + n.run("iptables-legacy-save") + n.run("ip6tables-legacy-save")
+				if lines := strings.Count(rulesOnly(before), "\n") - strings.Count(rulesOnly(after), "\n"); c.err == nil && (lines < 1 || lines > 11) || c.err != nil && lines != 0 {
+					t.Errorf("%d lines less:\n%s", lines, after)
+				}
+				n.right()
+				n.do(func() error {
+					if again, err := RemoveNamed(context.Background(), o, c.name, podSources); len(again) > 0 || c.err == nil && err != nil {
+						t.Errorf("again: %v, %v", again, err)
+					}
+					return nil
+				})
+			})
+		}
+	})
+}
+
+// rulesOnly leaves out what changes by itself.
+func rulesOnly(listing string) string {
+	var b strings.Builder
+	for line := range strings.Lines(listing) {
+		if !strings.HasPrefix(line, "#") && !strings.HasPrefix(line, ":") {
+			b.WriteString(counted.ReplaceAllString(line, "counter"))
+		}
+	}
+	return b.String()
+}
