@@ -136,6 +136,10 @@ func (l *loop) watchFiles(ctx context.Context, group *errgroup.Group, log *slog.
 // agent left, of either mode. A data plane of the other mode is taken over from: see
 // changeover.
 func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
+	var err error
+	if l.taking, err = findTakeOver(ctx, l.cfg, root, l.runDir, l.log); err != nil {
+		return err
+	}
 	open := l.openRules
 	if l.cfg.BPF {
 		open = l.openPrograms
@@ -143,7 +147,6 @@ func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
 	if err := open(ctx, root, log); err != nil {
 		return err
 	}
-	var err error
 	if l.earlier, err = readEarlier(func() (inspector, error) { return inspectNode(ctx, root, l.runDir) }, l.runDir); err != nil {
 		l.log.Warn("state of the last run not read", "error", err)
 	}
@@ -152,6 +155,9 @@ func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
 		if d := l.earlier.draining(); d != nil && d.Mode == l.changeover.old.mode() {
 			l.changeover.begun = d.Since
 		}
+	}
+	if l.taking != nil && !l.cfg.BPF {
+		l.kernel = &taking{backend: l.kernel, from: l.taking}
 	}
 	return nil
 }
@@ -170,11 +176,21 @@ func (l *loop) openPrograms(ctx context.Context, root string, log *slog.Logger) 
 	}
 	l.kernel, l.flows = bpf{kernel}, kernel
 	l.inspect = func() (inspector, error) { return inspectRoot(root) }
-	if err != nil { // no rules
-		return nil
+	var from iptables.Backend
+	switch {
+	case err == nil:
+		from = old.Backend()
+	case l.taking != nil:
+		from = l.taking.named.Backend
+	default:
+		return nil // no rules
 	}
-	if l.changeover, err = l.replaceRules(ctx, kernel, old.Backend(), log); err != nil {
-		return errors.Join(err, kernel.Close())
+	var change error
+	if l.changeover, change = l.replaceRules(ctx, kernel, from, log); change != nil {
+		return errors.Join(change, kernel.Close())
+	}
+	if err != nil {
+		l.changeover.taking = l.taking
 	}
 	return nil
 }

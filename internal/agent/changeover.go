@@ -24,6 +24,7 @@ type changeover struct {
 	old     oldSide    // nil: it is gone
 	move    func(context.Context) (switched, error)
 	moving  *modeSwitch
+	taking  *takeOver      // of another program alone; nil: of our other mode
 	policy  *policy.Policy // of the Apply under way
 	timeout time.Duration  // of draining
 	log     *slog.Logger
@@ -51,7 +52,7 @@ func (c *changeover) Apply(ctx context.Context, p *policy.Policy) error {
 		return c.backend.Apply(ctx, p)
 	}
 	c.policy = p
-	c.moving.sources, c.moving.wanted = prefixes(p.Input().Sources), reachable(p.Input())
+	c.moving.sources, c.moving.wanted = c.taking.of(prefixes(p.Input().Sources)), reachable(p.Input())
 	start := time.Now()
 	result, err := c.move(ctx)
 	if err != nil {
@@ -239,25 +240,13 @@ func (oldRules) SetTunnels([]datapath.Tunnel) error           { return nil }
 func (oldRules) Walk(context.Context) (datapath.Swept, error) { return datapath.Swept{}, nil }
 func (o oldRules) Close() error                               { return o.lock.Close() }
 func (o oldRules) Left(ctx context.Context, _ datapath.Swept) (int, error) {
-	flows, err := o.flows(ctx)
+	flows, err := o.moving.left(ctx)
 	return len(flows), err
-}
-
-// flows are those that netfilter still translates for pods.
-func (o oldRules) flows(ctx context.Context) ([]conntrack.Flow, error) {
-	translated, err := o.moving.list(ctx, true)
-	var list []conntrack.Flow
-	for _, f := range translated {
-		if f.SNAT && o.moving.wants(f) {
-			list = append(list, f)
-		}
-	}
-	return list, err
 }
 
 // Remove ends what is left, so that programs begin it anew, and not with a translated packet.
 func (o oldRules) Remove(ctx context.Context) error {
-	flows, err := o.flows(ctx)
+	flows, err := o.moving.left(ctx)
 	if err != nil {
 		return err
 	}
@@ -333,7 +322,8 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 }
 
 // replaceRules makes programs take the place of the rules in this network namespace, which
-// are in a backend.
+// are in a backend: ours, or those of another program that are taken over. These are removed when ours,
+// which translate nothing, keep netfilter at work for the connections there are.
 func (l *loop) replaceRules(ctx context.Context, programs *datapath.Datapath, from iptables.Backend, log *slog.Logger) (*changeover, error) {
 	rules, err := openNetfilter(ctx, l.cfg, from, log)
 	if err != nil {
@@ -343,7 +333,13 @@ func (l *loop) replaceRules(ctx context.Context, programs *datapath.Datapath, fr
 	c.moving = &modeSwitch{
 		maps: programs, tracked: netfilterTable{}, log: l.log,
 		programs: steps{start: func(ctx context.Context) error { return programs.Apply(ctx, c.policy) }},
-		rules:    steps{ready: rules.rules.Drain},
+		stays:    l.taking.gives,
+		rules: steps{ready: func(ctx context.Context) error {
+			if err := rules.rules.Drain(ctx); err != nil {
+				return err
+			}
+			return l.taking.remove(ctx)
+		}},
 	}
 	c.old, c.move = oldRules{c.moving, rules.lock}, c.moving.toPrograms
 	return c, nil

@@ -73,10 +73,15 @@ const maxForeign = 10
 func foreignWarnings(rules []iptables.ForeignRule) []string {
 	var list []string
 	for _, r := range rules[:min(len(rules), maxForeign)] {
-		list = append(list, fmt.Sprintf("another masquerade rule matches our sources too: %s, table %s, chain %s: %s", r.Family, r.Table, r.Chain, r.Rule))
+		list = append(list, "another masquerade rule matches our sources too: "+foreignText(r))
 	}
 	if n := len(rules) - maxForeign; n > 0 {
 		list = append(list, fmt.Sprintf("and %d more rules of others that masquerade our sources", n))
 	}
 	return list
+}
+
+// foreignText names a rule. The option take-over understands it.
+func foreignText(r iptables.ForeignRule) string {
+	return fmt.Sprintf("%s, table %s, chain %s: %s", r.Family, r.Table, r.Chain, r.Rule)
 }

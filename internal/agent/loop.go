@@ -68,6 +68,7 @@ type loop struct {
 	kernel       backend
 	flows        flowKeeper                // nil: netfilter keeps them
 	changeover   *changeover               // nil: there was nothing of the other mode
+	taking       *takeOver                 // nil: of nothing
 	inspect      func() (inspector, error) // what kernel made
 	readNetwork  func() (devices.Snapshot, error)
 	readReserved func() ([]config.PortRange, error)

@@ -60,8 +60,10 @@ type modeSwitch struct {
 	// wanted tells whether the programs may take a connection that netfilter translates: it leaves
 	// by a masquerade device, and with an address of it.
 	wanted func(conntrack.Flow) bool
-	batch  int          // how many connections are held at a time; 0: switchBatch
-	log    *slog.Logger // nil: none
+	// stays tells whether one that they may not take has to be waited for; nil: none.
+	stays func(conntrack.Flow) bool
+	batch int          // how many connections are held at a time; 0: switchBatch
+	log   *slog.Logger // nil: none
 
 	// refused are connections that netfilter did not take. With rules in force they must not be
 	// tried again: without an entry they are new ones.
@@ -391,13 +393,20 @@ func (s *modeSwitch) toPrograms(ctx context.Context) (out switched, err error) {
 	if out.Moved, err = s.passToPrograms(ctx); err != nil {
 		return out, err
 	}
-	left, err := s.list(ctx, true)
-	for _, c := range left {
-		if s.wants(c) {
-			out.Left++
+	left, err := s.left(ctx)
+	out.Left = len(left)
+	return out, err
+}
+
+// left are the connections that netfilter still translates for pods.
+func (s *modeSwitch) left(ctx context.Context) (list []conntrack.Flow, err error) {
+	translated, err := s.list(ctx, true)
+	for _, c := range translated {
+		if c.SNAT && (s.wants(c) || s.stays != nil && s.stays(c)) {
+			list = append(list, c)
 		}
 	}
-	return out, err
+	return list, err
 }
 
 func (s *modeSwitch) wants(c conntrack.Flow) bool { return s.wanted == nil || s.wanted(c) }

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -18,6 +19,7 @@ import (
 func (a *app) newAgent() *cobra.Command {
 	opts := newOptionFlags()
 	var files sourceFlags
+	var dryRun bool
 	c := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the node agent in the foreground",
@@ -40,7 +42,11 @@ SIGHUP reads the files again at once; they are watched anyway.`,
   bauta agent --masquerade-forwarded
 
   # options from a file
-  bauta agent --config /etc/bauta/config.yaml`,
+  bauta agent --config /etc/bauta/config.yaml
+
+  # take the place of ip-masq-agent; first see what that would do
+  bauta agent --config /etc/bauta/config.yaml --take-over IP-MASQ-AGENT --dry-run
+  bauta agent --config /etc/bauta/config.yaml --take-over IP-MASQ-AGENT`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := a.requireRoot(c, "run it with sudo or as a system service; in a container it needs the capabilities BPF, NET_ADMIN and PERFMON",
@@ -48,12 +54,16 @@ SIGHUP reads the files again at once; they are watched anyway.`,
 				return err
 			}
 			src := config.Sources{Flags: opts.given(), Environ: a.Environ, File: files.file, Dir: files.dir}
+			if dryRun {
+				return a.planTakeOver(c, src)
+			}
 			return a.runAgent(c.Context(), src)
 		},
 		DisableFlagsInUseLine: true,
 	}
 	c.Use += " [--OPTION=VALUE]..."
 	files.register(c)
+	c.Flags().BoolVar(&dryRun, "dry-run", false, "with --take-over: say what that would do, and change nothing")
 	opts.register(c)
 	return c
 }
@@ -79,6 +89,50 @@ func (a *app) runAgent(ctx context.Context, src config.Sources) error {
 		Reload:        reloads(ctx, hup),
 		Log:           newLog(a.Stderr, cfg),
 	})
+}
+
+// planTakeOver prints what a take-over would do.
+func (a *app) planTakeOver(c *cobra.Command, src config.Sources) error {
+	cfg, err := config.Load(src)
+	if err != nil {
+		return err
+	}
+	if cfg.TakeOver == "" {
+		return &usageError{msg: c.CommandPath() + ": --dry-run is for --take-over, and nothing is named to be taken over",
+			hints: []string{"bauta status names rules of others that masquerade the source ranges"}}
+	}
+	plan, err := agent.PlanTakeOver(c.Context(), agent.Options{Config: cfg, BPFRoot: a.bpfRoot, RunDir: a.runDir})
+	if err != nil {
+		return err
+	}
+	return a.print(planText(plan))
+}
+
+func planText(p agent.TakeOverPlan) string {
+	var b strings.Builder
+	if len(p.Found) == 0 {
+		fmt.Fprintf(&b, "Nothing is left to be taken over: no chain and no rule %s\n", p.Name)
+		return b.String()
+	}
+	b.WriteString("Found:\n")
+	for _, r := range p.Found {
+		fmt.Fprintf(&b, "  %s\n", r)
+	}
+	b.WriteString("Connections:\n")
+	if p.Mode == agent.ModeBPF {
+		fmt.Fprintf(&b, "  %d would be imported\n  %d would drain: they go on with netfilter until they end\n", p.Import, p.Drain)
+	} else {
+		fmt.Fprintf(&b, "  0 would be imported\n  %d would go on with netfilter as they are, none drains\n", p.Drain)
+	}
+	b.WriteString("Would be removed, when the new side is at work:\n")
+	for _, r := range p.Removals {
+		fmt.Fprintf(&b, "  %s\n", r)
+	}
+	for _, w := range p.Warnings {
+		fmt.Fprintf(&b, "Warning: %s\n", w)
+	}
+	b.WriteString("Nothing was changed\n")
+	return b.String()
 }
 
 // reloads turns SIGHUP into receives for the agent; several at once are one.

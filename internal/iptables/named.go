@@ -18,7 +18,6 @@ type Named struct {
 	Removals []string      // what Remove takes away, for people
 	Backend  Backend       // empty: a native rule of nft
 
-	opts    Options
 	scripts []func(context.Context) error
 }
 
@@ -39,7 +38,7 @@ func FindNamed(ctx context.Context, o Options, name string, sources []netip.Pref
 		return nil, err
 	}
 	if n.word != "" && !strings.HasPrefix(n.word, chainPrefix) {
-		found, err := o.namedChain(n.word, all, sources)
+		found, err := namedChain(n.word, all, sources)
 		if !errors.Is(err, ErrNotFound) {
 			return found, err
 		}
@@ -54,6 +53,46 @@ func FindNamed(ctx context.Context, o Options, name string, sources []netip.Pref
 		return nil, err
 	}
 	return o.namedRule(name, append(found, native...), sources)
+}
+
+// Within tells whether the rule is for packets from some of the sources only.
+func (r ForeignRule) Within(sources []netip.Prefix) bool {
+	words := wordsOf(r.Rule)
+	at := max(slices.Index(words, "-s"), slices.Index(words, "saddr"))
+	if at < 0 || at+1 >= len(words) || at > 0 && words[at-1] == "!" {
+		return false
+	}
+	limit, err := netip.ParsePrefix(words[at+1])
+	if a, aerr := netip.ParseAddr(words[at+1]); aerr == nil {
+		limit, err = netip.PrefixFrom(a, a.BitLen()), nil
+	}
+	return err == nil && slices.ContainsFunc(sources, func(s netip.Prefix) bool { return s.Bits() <= limit.Bits() && s.Overlaps(limit) })
+}
+
+// Gives tells whether the rules name this address as the source that packets get.
+func (n *Named) Gives(a netip.Addr) bool {
+	return slices.ContainsFunc(n.Rules, func(r ForeignRule) bool {
+		words := wordsOf(r.Rule)
+		to := option(words, "--to-source")
+		if to == "" && slices.Contains(words, "snat") {
+			to = option(words, "to")
+		}
+		first, last, isRange := strings.Cut(to, "-")
+		low := addrOf(first)
+		if !isRange || !addrOf(last).IsValid() { // what follows are ports
+			return low == a
+		}
+		return low.Compare(a) <= 0 && a.Compare(addrOf(last)) <= 0
+	})
+}
+
+// addrOf reads an address with or without a port.
+func addrOf(text string) netip.Addr {
+	if at, err := netip.ParseAddrPort(text); err == nil {
+		return at.Addr()
+	}
+	a, _ := netip.ParseAddr(strings.Trim(text, "[]"))
+	return a
 }
 
 // RemoveNamed removes what FindNamed finds. What is gone already is no error.
@@ -201,8 +240,8 @@ func (r natRule) where() string {
 }
 
 // namedChain takes a chain with its rules, and what leads to it.
-func (o Options) namedChain(chain string, all []natRule, sources []netip.Prefix) (*Named, error) {
-	n := &Named{Chain: chain, opts: o}
+func namedChain(chain string, all []natRule, sources []netip.Prefix) (*Named, error) {
+	n := &Named{Chain: chain}
 	byProgram := make(map[home][]natRule)
 	var order []home
 	for _, r := range all {
@@ -274,7 +313,7 @@ func (n *Named) takeChain(part []natRule, sources []netip.Prefix) (fits bool, er
 
 // namedRule takes the rules that a text means: one, or the same in both families.
 func (o Options) namedRule(name string, found []natRule, sources []netip.Prefix) (*Named, error) {
-	n := &Named{opts: o}
+	n := new(Named)
 	if len(found) == 0 {
 		return nil, fmt.Errorf("%q: %w", name, ErrNotFound)
 	}
