@@ -153,7 +153,7 @@ func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
 	if l.changeover != nil {
 		l.kernel, l.flows = l.changeover, l.changeover
 		if d := l.earlier.draining(); d != nil && d.Mode == l.changeover.old.mode() {
-			l.changeover.begun = d.Since
+			l.changeover.begun, l.changeover.addrs = d.Since, d.Addresses
 		}
 	}
 	if l.taking != nil && !l.cfg.BPF {

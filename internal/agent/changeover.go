@@ -32,6 +32,7 @@ type changeover struct {
 	begun time.Time // draining
 	moved bool      // the first Apply is done
 	left  int
+	addrs []netip.Addr // that rules gave which were taken over, and programs would not give
 }
 
 // oldSide is the data plane of the other mode after a switch: it goes on with what it has, and
@@ -58,11 +59,15 @@ func (c *changeover) Apply(ctx context.Context, p *policy.Policy) error {
 	if err != nil {
 		return fmt.Errorf("take over from %s mode: %w", c.old.mode(), err)
 	}
-	c.moved, c.left = true, result.Left
+	c.moved, c.left, c.addrs = true, result.Left, c.moving.kept
 	if c.begun.IsZero() {
 		c.begun = time.Now()
 	}
-	c.log.Info("mode changed", "from", c.old.mode(), "moved", result.Moved, "draining", result.Left, "took", time.Since(start))
+	message := "mode changed"
+	if c.taking != nil {
+		message = "connections taken over"
+	}
+	c.log.Info(message, "from", c.old.mode(), "moved", result.Moved, "draining", result.Left, "took", time.Since(start))
 	return nil
 }
 
@@ -152,7 +157,7 @@ func (c *changeover) draining() *DrainingStatus {
 	if c == nil || c.old == nil || !c.moved {
 		return nil
 	}
-	return &DrainingStatus{Mode: c.old.mode(), Connections: c.left, Since: c.begun}
+	return &DrainingStatus{Mode: c.old.mode(), Connections: c.left, Since: c.begun, Addresses: c.addrs}
 }
 
 // oldPrograms are the programs of eBPF mode, when rules take their place.
@@ -333,7 +338,7 @@ func (l *loop) replaceRules(ctx context.Context, programs *datapath.Datapath, fr
 	c.moving = &modeSwitch{
 		maps: programs, tracked: netfilterTable{}, log: l.log,
 		programs: steps{start: func(ctx context.Context) error { return programs.Apply(ctx, c.policy) }},
-		stays:    l.taking.gives,
+		stays:    func(f conntrack.Flow) bool { return l.taking.gives(f) || slices.Contains(c.addrs, f.Xlate.Addr()) },
 		rules: steps{ready: func(ctx context.Context) error {
 			if err := rules.rules.Drain(ctx); err != nil {
 				return err

@@ -31,6 +31,8 @@ type DrainingStatus struct {
 	Mode        string    `json:"mode"`
 	Connections int       `json:"connections"`
 	Since       time.Time `json:"since"`
+	// Addresses are those of rules that were taken over and gave others than we do.
+	Addresses []netip.Addr `json:"addresses,omitempty"`
 }
 
 // Modes of masquerading, by the names of Cilium.

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"bauta.dev/bauta/internal/datapath"
@@ -57,7 +58,7 @@ func (l *loop) swept(ctx context.Context, w walked) {
 }
 
 func (d *DrainingStatus) same(e *DrainingStatus) bool {
-	return d == e || d != nil && e != nil && *d == *e
+	return d == e || d != nil && e != nil && d.Mode == e.Mode && d.Connections == e.Connections && d.Since.Equal(e.Since) && slices.Equal(d.Addresses, e.Addresses)
 }
 
 // rest is the pause after a walk that took so long. A million flows take more than a

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -404,13 +405,28 @@ func TestSwitchLeaves(t *testing.T) {
 
 	n = onRules(t)
 	ftp := n.entries[keyOf(talking(5))]
-	ftp.Helper = "ftp"
+	ftp.Helper, ftp.SNAT = "ftp", true
 	n.entries[keyOf(talking(5))] = ftp
 	s := n.modeSwitch()
 	s.wanted = func(c conntrack.Flow) bool { return c.Src != talking(6).Src }
 	out, err = s.toPrograms(t.Context())
 	if err != nil || out != (switched{Moved: switchFlows - 2, Left: 1}) {
 		t.Fatalf("%+v, %v", out, err)
+	}
+	n.settled()
+	n.check()
+
+	// Another address of a rule that was taken over.
+	n = onRules(t)
+	other := n.entries[keyOf(talking(6))]
+	other.SNAT = true
+	n.entries[keyOf(talking(6))] = other
+	s = n.modeSwitch()
+	s.wanted = func(c conntrack.Flow) bool { return c.Src != talking(6).Src }
+	s.stays = func(conntrack.Flow) bool { return true }
+	out, err = s.toPrograms(t.Context())
+	if err != nil || out != (switched{Moved: switchFlows - 1, Left: 1}) || !slices.Equal(s.kept, []netip.Addr{other.Xlate.Addr()}) {
+		t.Fatalf("%+v, %v, %v", out, s.kept, err)
 	}
 	n.settled()
 	n.check()

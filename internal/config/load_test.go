@@ -130,6 +130,19 @@ var compare = cmp.Options{
 	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 }
 
+// What names a chain or a rule is taken as it is; an old switch is off, or names nothing.
+func TestTakeOver(t *testing.T) {
+	rule := "-A POSTROUTING -s 10.0.1.0/24 ! -d 10.0.0.0/8 -j MASQUERADE"
+	for text, want := range map[string]string{
+		"IP-MASQ-AGENT": "IP-MASQ-AGENT", rule: rule, "false": "", "off": "", "": "", "true": Unnamed, "yes": Unnamed,
+	} {
+		c, err := Load(Sources{File: file(t, "masquerade-forwarded: true\ntake-over: "+text+"\n")})
+		if err != nil || c.TakeOver != want || (want == Unnamed) != (len(c.Warnings) == 1) {
+			t.Errorf("%q: %q, warnings %q, %v", text, c.TakeOver, c.Warnings, err)
+		}
+	}
+}
+
 // Every option means the same in every source, and does something.
 func TestSourcesAgree(t *testing.T) {
 	def, err := Load(Sources{Flags: base})

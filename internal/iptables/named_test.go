@@ -3,6 +3,7 @@ package iptables
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -126,6 +127,29 @@ IPv6, BACKEND, table nat: chain IP-MASQ-AGENT, 1 rules`, nil},
 			})
 		}
 	})
+}
+
+func TestGivesAndWithin(t *testing.T) {
+	pods := podSources
+	for _, c := range []struct {
+		rule          string
+		gives, within bool // 192.0.2.9
+	}{
+		{"-s 10.0.1.0/24 -j SNAT --to-source 192.0.2.9", true, true},
+		{"-s 10.0.1.7/32 -j SNAT --to-source 192.0.2.9:1024-2047 --random", true, true},
+		{"-s 10.0.0.0/8 -j SNAT --to-source 192.0.2.1-192.0.2.20:1024-2047", true, false},
+		{"! -s 10.0.1.0/24 -j SNAT --to-source 192.0.2.1-192.0.2.8", false, false},
+		{"-o eth0 -j MASQUERADE --to-ports 1024-2047", false, false},
+		{`oifname "eth0" ip saddr 10.0.1.7 snat to 192.0.2.9`, true, true},
+		{"ip saddr 10.0.1.0/24 snat ip to 192.0.2.1-192.0.2.9:1024-2047", true, true},
+		{"ip6 saddr fd00:1::/64 snat to [2001:db8::1]:1024-2047", false, true},
+		{"ip saddr { 10.0.1.0/24, 10.9.0.0/24 } masquerade", false, false},
+	} {
+		n := Named{Rules: []ForeignRule{{Rule: c.rule}}}
+		if gives, within := n.Gives(netip.MustParseAddr("192.0.2.9")), n.Rules[0].Within(pods); gives != c.gives || within != c.within {
+			t.Errorf("%s: gives %t, within %t", c.rule, gives, within)
+		}
+	}
 }
 
 // rulesOnly leaves out what changes by itself.

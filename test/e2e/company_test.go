@@ -27,6 +27,7 @@ type company struct {
 	steady  *load // flows without a handshake
 	storm   *load
 	dismiss context.CancelFunc
+	begun   time.Time
 }
 
 // stormTime bounds how long pods connect all the time.
@@ -37,9 +38,10 @@ const stormTime = time.Minute
 func keepCompany(t *testing.T, n *node, connections int) *company {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), stormTime)
-	c := &company{t: t, n: n, talk: newTalk(t), wire: n.watchWire(), dismiss: cancel,
+	c := &company{t: t, n: n, talk: newTalk(t), wire: n.watchWire(), dismiss: cancel, begun: time.Now(),
 		steady: &load{ctx: ctx, done: make(map[string]int)}, storm: &load{ctx: ctx, done: make(map[string]int)}}
 	t.Cleanup(c.end)
+	c.talk.every = 4 * pause // so that the machine has time for new ones
 	var servers []netip.AddrPort
 	for _, a := range n.WorldAddr.All() {
 		servers = append(servers, server(t, lab.EchoTCP, n.World, anyPort(a)))
@@ -160,6 +162,11 @@ func (c *company) check() {
 	c.t.Helper()
 	c.end()
 	c.goesOn("at the end")
+	n := 0
+	for _, done := range c.storm.done {
+		n += done
+	}
+	c.t.Logf("%.0f new connections a second", float64(n)/time.Since(c.begun).Seconds())
 	c.t.Logf("exchanges of %d connections: %d, the longest after %v; meanwhile %v, new %v",
 		len(c.talk.conns), c.talk.rounds.Load(), c.talk.longest(), c.steady.done, c.storm.done)
 }

@@ -22,6 +22,7 @@ type talk struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	group  sync.WaitGroup
+	every  time.Duration // between two exchanges of a connection
 	rounds atomic.Int64
 	worst  atomic.Int64 // longest time from a question to its answer, ns
 
@@ -44,7 +45,7 @@ func converse(t *testing.T, ns *lab.NS, count int, servers ...netip.AddrPort) *t
 }
 
 func newTalk(t *testing.T) *talk {
-	k := new(talk)
+	k := &talk{every: pause}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	t.Cleanup(k.end)
 	return k
@@ -62,7 +63,7 @@ func (k *talk) open(t *testing.T, ns *lab.NS, local, server netip.AddrPort) {
 }
 
 func (k *talk) keep(ctx context.Context, c net.Conn) {
-	tick := time.NewTicker(pause)
+	tick := time.NewTicker(k.every)
 	defer tick.Stop()
 	for {
 		start := time.Now()

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"fmt"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strconv"
@@ -100,7 +101,7 @@ func (n *node) wantGone(before string, f foreignSetup) {
 		if f.kind != "native" {
 			listing, _, _ = strings.Cut(listing, "$ nft")
 		}
-		return strings.Split(listing, "\n")
+		return slices.DeleteFunc(strings.Split(listing, "\n"), func(line string) bool { return line == "" })
 	}
 	want := slices.DeleteFunc(cut(before), gone.MatchString)
 	if len(want) == len(cut(before)) {
@@ -141,7 +142,9 @@ func TestTakeOver(t *testing.T) {
 					n.start(podCIDRs, mode.option, "--take-over", name)
 					c.goesOn("taken over: " + name)
 				}
-				n.await("nothing draining", func(st agent.Status) bool { return st.Agent.Ready && st.Draining == nil && st.Masquerading.Mode == mode.mode })
+				n.await("nothing draining", func(st agent.Status) bool {
+					return st.Agent.Ready && st.Draining == nil && st.Masquerading.Mode == mode.mode
+				})
 				c.goesOn("when nothing drains")
 				n.masqueraded(n.tapWorld())
 				st := n.await("no warning of other rules", func(st agent.Status) bool {
@@ -219,5 +222,56 @@ func TestTakeOverRefused(t *testing.T) {
 		if diff := cmp.Diff(strings.Split(before, "\n"), strings.Split(n.everything(), "\n")); diff != "" {
 			t.Errorf("a refused agent changed something (-before +after):\n%s", diff)
 		}
+	})
+}
+
+// A connection with an address that we would not give drains, and the status says so; nothing is
+// taken from under it.
+func TestTakeOverDrains(t *testing.T) {
+	inEachBackend(t, lab.Options{}, func(t *testing.T, n *node, backend string) {
+		second := netip.MustParseAddr("192.0.2.99")
+		must(t, n.Node.AddAddr("eth0", netip.PrefixFrom(second, 32)))
+		rule := "-A POSTROUTING -s 10.0.1.0/24 -o eth0 -j SNAT --to-source " + second.String()
+		n.restore(backend, rule+"\n", "")
+		before := n.allRules()
+		wire := n.watchWire()
+		echo := server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4))
+		conn, seen := n.talk(0, echo, 40001)
+		if seen.Addr() != second {
+			t.Fatalf("seen as %s", seen)
+		}
+		if out := n.cli("agent", podCIDRs, "--take-over", rule, "--dry-run"); !strings.Contains(out, "  0 would be imported\n  1 would drain") {
+			t.Errorf("dry run:\n%s", out)
+		}
+		n.start(podCIDRs, "--take-over", rule)
+		draining := func() {
+			t.Helper()
+			n.await("a connection that drains", func(st agent.Status) bool { return st.Draining != nil && st.Draining.Connections == 1 })
+			if out := n.try("status").stdout; !strings.Contains(out, "draining 1 ") {
+				t.Error(out)
+			}
+			if !answers(conn) {
+				t.Error("the connection does not answer")
+			}
+		}
+		draining()
+		n.tapWorld().want(n.WorldAddr.V4, n.NodeAddr.V4)
+		n.kill()
+		if !answers(conn) {
+			t.Error("the connection does not answer without the agent")
+		}
+		// The next agent does not know the rule any more.
+		n.start(n.agent.args...)
+		if !answers(conn) {
+			t.Error("the connection does not answer after a crash")
+		}
+		conn.SetLinger(0)
+		conn.Close()
+		n.tables("conntrack", "-D", "-p", "tcp")
+		n.awaitNothingOf(agent.ModeIPTables)
+		wire.check(t)
+		n.stop()
+		n.cli("cleanup")
+		n.wantGone(before, foreignSetup{kind: "rule", gone: "SNAT"})
 	})
 }
