@@ -30,7 +30,12 @@ func findTakeOver(ctx context.Context, cfg config.Config, root, runDir string, l
 	if cfg.TakeOver == "" {
 		return nil, nil
 	}
-	t := &takeOver{name: cfg.TakeOver, sources: prefixes(cfg.SourceRules(nil)), log: log}
+	t := &takeOver{name: cfg.TakeOver, log: log}
+	for _, p := range prefixes(cfg.SourceRules(nil)) {
+		if is4 := p.Addr().Is4(); is4 && cfg.IPv4 || !is4 && cfg.IPv6 { // the other family's masquerade stays
+			t.sources = append(t.sources, p)
+		}
+	}
 	if t.name == config.Unnamed {
 		return nil, t.refused(ctx, errors.New("true names no chain and no rule"))
 	}

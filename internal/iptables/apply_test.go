@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"fmt"
 	"testing"
 
 	"bauta.dev/bauta/internal/lab/labtest"
@@ -34,6 +35,9 @@ func TestApplyCheckRemove(t *testing.T) {
 		n := tables(t, labtest.NewNS(t), o)
 		n.apply(build(t, func(in *policy.Input) { in.NonMasq = rules("10.0.0.0/8", "fd00::/8") }))
 		n.right()
+		for _, f := range families { // as an agent leaves them that dies while it looks whether there are sets
+			n.do(func() error { return createSet(fmt.Sprintf("bauta-probe-%d", int(f)), f, 0) })
+		}
 		for range 2 {
 			n.do(func() error {
 				removed, err := Remove(context.Background(), o)
@@ -45,6 +49,9 @@ func TestApplyCheckRemove(t *testing.T) {
 			if left := ours(n.run(n.ipt(f, "-save"))); len(left) > 0 {
 				t.Errorf("left: %s", left)
 			}
+		}
+		if left := n.run("ipset", "list", "-n"); left != "" {
+			t.Errorf("left: %s", left)
 		}
 	})
 }

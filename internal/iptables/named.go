@@ -30,7 +30,8 @@ var (
 
 // FindNamed finds what is meant by a name: a chain of nat that POSTROUTING leads to, or a
 // rule in the words of iptables -S, of nft list ruleset, or of the status. In either family there may be one.
-// It has to translate some of the sources, and to do nothing else.
+// It has to translate some of the sources, and to do nothing else. Where it is of a family in which it translates
+// none of them, that is left alone.
 func FindNamed(ctx context.Context, o Options, name string, sources []netip.Prefix) (*Named, error) {
 	n := nameOf(name)
 	all, err := listNAT(ctx, o)
@@ -86,12 +87,12 @@ func (n *Named) Gives(a netip.Addr) bool {
 	})
 }
 
-// addrOf reads an address with or without a port.
+// addrOf reads an address with or without ports.
 func addrOf(text string) netip.Addr {
-	if at, err := netip.ParseAddrPort(text); err == nil {
-		return at.Addr()
+	a, err := netip.ParseAddr(strings.Trim(text, "[]"))
+	if at := strings.LastIndex(text, ":"); err != nil && at >= 0 {
+		a, _ = netip.ParseAddr(strings.Trim(text[:at], "[]"))
 	}
-	a, _ := netip.ParseAddr(strings.Trim(text, "[]"))
 	return a
 }
 
@@ -254,52 +255,63 @@ func namedChain(chain string, all []natRule, sources []netip.Prefix) (*Named, er
 		}
 		byProgram[at] = append(byProgram[at], r)
 	}
-	fits := false
+	there, masks := false, false
 	for _, at := range order {
 		part := byProgram[at]
 		if !slices.ContainsFunc(part, func(r natRule) bool { return r.Chain == hookChain && r.target() == chain }) {
 			continue // nothing comes there
 		}
+		there = true
+		masks = masks || slices.ContainsFunc(part, func(r natRule) bool { return r.Chain == chain && r.translates() })
+		if !reaches(part, chain, sources) {
+			continue
+		}
 		if n.Backend != "" && n.Backend != at.backend {
 			return nil, fmt.Errorf("chain %s is in both backends of iptables: %w", chain, ErrAmbiguous)
 		}
 		n.Backend = at.backend
-		fit, err := n.takeChain(part, sources)
-		if err != nil {
+		if err := n.takeChain(part); err != nil {
 			return nil, err
 		}
-		fits = fits || fit
 	}
 	switch {
-	case n.Backend == "":
+	case !there:
 		return nil, fmt.Errorf("chain %s: %w", chain, ErrNotFound)
-	case len(n.Rules) == 0:
+	case !masks:
 		return nil, fmt.Errorf("chain %s has no rule MASQUERADE or SNAT: %w", chain, ErrUnfit)
-	case !fits:
+	case len(n.Rules) == 0:
 		return nil, fmt.Errorf("chain %s masquerades none of the source ranges: %w", chain, ErrUnfit)
 	}
 	return n, nil
 }
 
+// reaches tells whether packets of the sources come to a chain and are translated there.
+func reaches(part []natRule, chain string, sources []netip.Prefix) bool {
+	jumps, translates := false, false
+	for _, r := range part {
+		jumps = jumps || r.target() == chain && r.matches(sources)
+		translates = translates || r.Chain == chain && r.translates() && r.matches(sources)
+	}
+	return jumps && translates
+}
+
 // takeChain adds the chain of one family.
-func (n *Named) takeChain(part []natRule, sources []netip.Prefix) (fits bool, err error) {
+func (n *Named) takeChain(part []natRule) error {
 	var script strings.Builder
 	script.WriteString("*nat\n")
-	rules, inside, reached := 0, false, false
+	rules := 0
 	for _, r := range part {
 		switch t := r.target(); {
 		case r.Chain == n.Chain && !slices.Contains([]string{"RETURN", "ACCEPT", "MASQUERADE", "SNAT"}, t):
-			return false, fmt.Errorf("chain %s also has the rule %q: %w", n.Chain, r.Rule, ErrUnfit)
+			return fmt.Errorf("chain %s also has the rule %q: %w", n.Chain, r.Rule, ErrUnfit)
 		case r.Chain == n.Chain:
 			rules++
 			if r.translates() {
 				n.Rules = append(n.Rules, r.ForeignRule)
-				inside = inside || r.matches(sources)
 			}
 		case r.Chain != hookChain:
-			return false, fmt.Errorf("chain %s leads to %s, not %s alone: %w", r.Chain, n.Chain, hookChain, ErrUnfit)
+			return fmt.Errorf("chain %s leads to %s, not %s alone: %w", r.Chain, n.Chain, hookChain, ErrUnfit)
 		default:
-			reached = reached || r.matches(sources)
 			fmt.Fprintf(&script, "-D %s %s\n", hookChain, r.Rule)
 			n.Removals = append(n.Removals, r.where()+"rule "+hookChain+" "+r.Rule)
 		}
@@ -308,7 +320,7 @@ func (n *Named) takeChain(part []natRule, sources []netip.Prefix) (fits bool, er
 	n.Removals = append(n.Removals, fmt.Sprintf("%schain %s, %d rules", part[0].where(), n.Chain, rules))
 	p := part[0].program
 	n.scripts = append(n.scripts, func(ctx context.Context) error { return p.write(ctx, script.String()) })
-	return inside && reached, nil
+	return nil
 }
 
 // namedRule takes the rules that a text means: one, or the same in both families.
@@ -317,7 +329,10 @@ func (o Options) namedRule(name string, found []natRule, sources []netip.Prefix)
 	if len(found) == 0 {
 		return nil, fmt.Errorf("%q: %w", name, ErrNotFound)
 	}
-	fits := false
+	fits := slices.ContainsFunc(found, func(r natRule) bool { return r.matches(sources) })
+	if fits {
+		found = slices.DeleteFunc(found, func(r natRule) bool { return r.Backend != "" && !r.matches(sources) })
+	}
 	for i, r := range found {
 		for _, other := range found[:i] {
 			same := r.Backend == "" && r.handle == other.handle && r.Table == other.Table && r.Chain == other.Chain
@@ -328,7 +343,6 @@ func (o Options) namedRule(name string, found []natRule, sources []netip.Prefix)
 		if r.Backend != "" && !r.translates() {
 			return nil, fmt.Errorf("%q: its target is %s, not MASQUERADE or SNAT: %w", name, r.target(), ErrUnfit)
 		}
-		fits = fits || r.matches(sources)
 		n.Backend = r.Backend
 		n.Rules = append(n.Rules, r.ForeignRule)
 		if r.Backend == "" && i > 0 && found[i-1].handle == r.handle {

@@ -129,6 +129,33 @@ IPv6, BACKEND, table nat: chain IP-MASQ-AGENT, 1 rules`, nil},
 	})
 }
 
+// A family in which a chain, or a rule, masquerades nothing of ours is left alone.
+func TestNamedOneFamily(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		n := tables(t, labtest.NewNS(t), o)
+		rules := "*nat\n:IP-MASQ-AGENT - [0:0]\n-A POSTROUTING -j IP-MASQ-AGENT\n-A POSTROUTING -o eth1 -j MASQUERADE\n-A IP-MASQ-AGENT -j MASQUERADE\nCOMMIT\n"
+		for _, f := range families {
+			n.feed(rules, n.ipt(f, "-restore"), "--noflush")
+		}
+		before := n.run("ip6tables-" + string(o.Backend) + "-save")
+		for _, name := range []string{"IP-MASQ-AGENT", "-A POSTROUTING -o eth1 -j MASQUERADE"} {
+			n.do(func() error {
+				removed, err := RemoveNamed(context.Background(), o, name, podSources[:1])
+				if len(removed) == 0 || strings.Contains(strings.Join(removed, "\n"), "IPv6") {
+					t.Errorf("%s: removed %q", name, removed)
+				}
+				return err
+			})
+		}
+		if after := n.run("ip6tables-" + string(o.Backend) + "-save"); rulesOnly(before) != rulesOnly(after) {
+			t.Errorf("the other family has now\n%s", after)
+		}
+		if out := n.run("iptables-" + string(o.Backend) + "-save"); strings.Contains(out, "MASQ") {
+			t.Errorf("left:\n%s", out)
+		}
+	})
+}
+
 func TestGivesAndWithin(t *testing.T) {
 	pods := podSources
 	for _, c := range []struct {

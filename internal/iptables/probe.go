@@ -27,8 +27,8 @@ func (t *Tables) probeSets(ctx context.Context) error {
 // probeMatch has a rule tested that names a set; nothing is written. Only a lock that
 // others hold is an error.
 func (t *Tables) probeMatch(ctx context.Context) error {
-	const name = setPrefix + "probe"
 	for _, f := range families {
+		name := fmt.Sprintf("%sprobe-%d", setPrefix, int(f)) // a name that discard knows
 		p, ok := t.programs[f]
 		if !ok {
 			continue

@@ -3,6 +3,8 @@ package e2e_test
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -13,6 +15,7 @@ import (
 
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
 )
 
 // foreignSetup is how another program masquerades the pods, and what a user calls it.
@@ -192,6 +195,27 @@ func TestTakeOverKilled(t *testing.T) {
 		c.check()
 		n.stop()
 		n.cli("cleanup")
+		n.wantGone(before, f)
+	})
+}
+
+// In eBPF mode these capabilities are enough: those of the drop-in of the unit.
+func TestTakeOverPrivileges(t *testing.T) {
+	inEachBackend(t, lab.Options{}, func(t *testing.T, n *node, backend string) {
+		f := foreignSetups()[2*slices.Index(ruleBackends, backend)]
+		f.install(n)
+		before := n.allRules()
+		conn, _ := n.talk(0, server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4)), 40001)
+		wrapper, bin := filepath.Join(n.dir, "agent"), n.bin
+		must(t, os.WriteFile(wrapper, fmt.Appendf(nil, "#!/bin/sh\nexec %s --bounding-set=-all,+bpf,+net_admin,+perfmon,+net_raw %s \"$@\"\n", labtest.Tool(t, "setpriv"), bin), 0o700))
+		n.bin = wrapper
+		n.start(podCIDRs, "--take-over=IP-MASQ-AGENT")
+		n.bin = bin
+		n.awaitNothingOf(agent.ModeIPTables)
+		n.awaitOK()
+		if !answers(conn) {
+			t.Error("the connection does not answer")
+		}
 		n.wantGone(before, f)
 	})
 }
