@@ -44,9 +44,9 @@ func findTakeOver(ctx context.Context, cfg config.Config, root, runDir string, l
 	switch {
 	case err == nil:
 		return t, nil
-	case errors.Is(err, iptables.ErrNoBinary):
+	case errors.Is(err, iptables.ErrNoBinary) && !inForce(ctx, root, runDir):
 		return nil, fmt.Errorf("take-over: %w", err)
-	case errors.Is(err, iptables.ErrNotFound) && (inForce(ctx, root, runDir) || len(t.others(ctx)) == 0):
+	case errors.Is(err, iptables.ErrNoBinary), errors.Is(err, iptables.ErrNotFound) && (inForce(ctx, root, runDir) || len(t.others(ctx)) == 0):
 		log.Info("take-over: nothing is left to be taken over", "name", t.name)
 		return nil, nil
 	}
@@ -152,6 +152,9 @@ type TakeOverPlan struct {
 // PlanTakeOver says what an agent with these options would take over, and changes nothing.
 func PlanTakeOver(ctx context.Context, opt Options) (plan TakeOverPlan, err error) {
 	cfg, log := opt.Config, slog.New(slog.DiscardHandler)
+	if err := supported(cfg); err != nil {
+		return plan, err
+	}
 	plan = TakeOverPlan{Name: cfg.TakeOver, Mode: modeOf(cfg.BPF)}
 	root, runDir := orDefault(opt.BPFRoot, DefaultBPFRoot), orDefault(opt.RunDir, DefaultRunDir)
 	t, err := findTakeOver(ctx, cfg, root, runDir, log)
