@@ -117,6 +117,24 @@ func (n *node) wantGone(before string, f foreignSetup) {
 
 var importedPattern = regexp.MustCompile(`(\d+) would (be imported|go on)`)
 
+// dryRun checks that an agent with --dry-run counts the connections, and changes nothing.
+func (n *node) dryRun(connections int, before string, args ...string) {
+	n.t.Helper()
+	out := n.cli(slices.Concat([]string{"agent", "--dry-run"}, args)...)
+	most := 0
+	for _, m := range importedPattern.FindAllStringSubmatch(out, -1) {
+		count, err := strconv.Atoi(m[1])
+		must(n.t, err)
+		most = max(most, count)
+	}
+	if most < connections || !strings.Contains(out, "\nNothing was changed\n") {
+		n.t.Errorf("dry run:\n%s", out)
+	}
+	if diff := cmp.Diff(strings.Split(before, "\n"), strings.Split(n.everything(), "\n")); diff != "" {
+		n.t.Errorf("the dry run changed something (-before +after):\n%s", diff)
+	}
+}
+
 // A node that another program masquerades is taken over under load, in either mode: no connection
 // breaks, the rules that were named are gone, and no others.
 func TestTakeOver(t *testing.T) {
@@ -130,18 +148,7 @@ func TestTakeOver(t *testing.T) {
 						n.stop()
 						all = n.everything()
 					}
-					out := n.cli("agent", mode.option, podCIDRs, "--take-over", name, "--dry-run")
-					most := 0
-					for _, m := range importedPattern.FindAllStringSubmatch(out, -1) {
-						count, _ := strconv.Atoi(m[1])
-						most = max(most, count)
-					}
-					if most < 200/len(f.names) || !strings.Contains(out, "\nNothing was changed\n") {
-						t.Errorf("dry run:\n%s", out)
-					}
-					if diff := cmp.Diff(strings.Split(all, "\n"), strings.Split(n.everything(), "\n")); diff != "" {
-						t.Errorf("the dry run changed something (-before +after):\n%s", diff)
-					}
+					n.dryRun(200/len(f.names), all, mode.option, podCIDRs, "--take-over", name)
 					n.start(podCIDRs, mode.option, "--take-over", name)
 					c.goesOn("taken over: " + name)
 				}
