@@ -184,6 +184,35 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
+// An agent that runs beside another program's rules takes them over at a restart, which may change the mode too.
+func TestTakeOverLater(t *testing.T) {
+	for _, from := range changes {
+		for _, to := range changes {
+			t.Run(from.mode+" to "+to.mode, func(t *testing.T) {
+				t.Parallel()
+				n := newNode(t, lab.Options{Pods: 2})
+				n.env = append(n.env, n.lockFile())
+				f := foreignSetups()[0]
+				f.install(n)
+				before := n.allRules()
+				old := keepCompany(t, n, 40)
+				n.start(podCIDRs, from.option)
+				k := converse(t, n.Pods[0], 40, server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V4)), server(t, lab.EchoTCP, n.World, anyPort(n.WorldAddr.V6)))
+				old.goesOn("with an agent")
+				n.restart(to.option, "--take-over=IP-MASQ-AGENT")
+				old.goesOn("taken over")
+				k.goesOn(t, "taken over")
+				n.awaitNothingOf(to.old)
+				k.goesOn(t, "when nothing drains")
+				old.check()
+				n.stop()
+				n.cli("cleanup")
+				n.wantGone(before, f)
+			})
+		}
+	}
+}
+
 // The agent may die at any moment of a take-over.
 func TestTakeOverKilled(t *testing.T) {
 	inEachBackend(t, lab.Options{Pods: 2}, func(t *testing.T, n *node, backend string) {
