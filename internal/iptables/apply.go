@@ -102,6 +102,15 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		}
 		t.log.Info("iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
 	}
+	for _, table := range rs.Tables { // the guard first
+		if len(table.Chains) == 0 || !now[table.Name].dormant {
+			continue
+		}
+		if err := prog.wake(table.Name); err != nil {
+			return err
+		}
+		t.log.Warn("iptables: table was dormant, woken", "family", f.String(), "table", table.Name)
+	}
 	t.last[f] = applied{rs, listing(rs, now)}
 	if err := t.cleanOther(ctx, f); err != nil || !setsSupported() { // its rules may hold sets
 		return err
@@ -230,7 +239,11 @@ func (t *Tables) rollBack(prog program, before map[string]tableState) error {
 // asking for a table of the legacy backend makes it.
 func (p program) state(ctx context.Context, wanted bool) (map[string]tableState, error) {
 	if !wanted {
-		return p.readAll(ctx)
+		states, err := p.readAll(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return states, p.markDormant(states)
 	}
 	states := make(map[string]tableState)
 	for _, name := range tableNames {
@@ -242,7 +255,7 @@ func (p program) state(ctx context.Context, wanted bool) (map[string]tableState,
 		}
 		states[name] = s
 	}
-	return states, nil
+	return states, p.markDormant(states)
 }
 
 // familyError keeps hints.

@@ -36,6 +36,10 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 				failed = familyError(f, err)
 				continue
 			}
+			if err := p.markDormant(tables); err != nil {
+				failed = familyError(f, err)
+				continue
+			}
 			if nat := tables["nat"]; len(nat.chains) > 0 {
 				i.nat[f], i.cut[f] = nat, !nat.reached() || !tables["mangle"].reached()
 			}

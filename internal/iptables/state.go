@@ -12,6 +12,8 @@ type tableState struct {
 	refs   []string            // "CHAIN RULE": rules in chains of others that lead to ours
 	first  string              // the first rule of POSTROUTING
 	rules  int                 // of others
+
+	dormant bool // no packet comes to it: see markDormant
 }
 
 func (s tableState) names() []string {
@@ -33,7 +35,7 @@ func (s tableState) jumpIsRight(wanted bool) bool {
 }
 
 // reached tells whether packets come to our chains, at whatever place among others' rules.
-func (s tableState) reached() bool { return slices.Contains(s.refs, hookChain+" "+jump) }
+func (s tableState) reached() bool { return !s.dormant && slices.Contains(s.refs, hookChain+" "+jump) }
 
 func (s tableState) empty() bool { return len(s.chains)+len(s.refs) == 0 }
 
@@ -106,6 +108,8 @@ func (t Table) difference(now tableState) string {
 		}
 	}
 	switch {
+	case now.dormant && len(t.Chains) > 0:
+		return fmt.Sprintf("table %s: dormant: no packet comes to its rules", t.Name)
 	case now.jumpIsRight(wanted[entryChain]):
 		return ""
 	case !slices.Contains(now.refs, hookChain+" "+jump) && wanted[entryChain]:
