@@ -9,12 +9,17 @@ import (
 // Drops are the packets that rules of ours dropped, by the reason that the rule names, since
 // each rule was written.
 func (i *Inspector) Drops(ctx context.Context, o Options) (map[string]uint64, error) {
+	ctx, cancel := o.reading(ctx)
+	defer cancel()
 	drops := make(map[string]uint64)
 	for f, p := range o.programs(i.backend, o.plainBackend(ctx)) {
 		if _, ours := i.nat[f]; !ours {
 			continue
 		}
 		out, err := o.run(ctx, p.save, "", "-c")
+		if ctx.Err() != nil {
+			return nil, hangs(ctx, "iptables")
+		}
 		if err != nil {
 			return nil, familyError(f, err)
 		}

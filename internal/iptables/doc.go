@@ -54,6 +54,8 @@ type Options struct {
 	dirs    []string      // where binaries are looked for; nil: PATH and the usual places
 	env     []string      // added to the environment of the binaries
 	runTime time.Duration // zero: runTime
+
+	readTime time.Duration // zero: readTime
 }
 
 const defaultLockTimeout = 5 * time.Second

@@ -389,23 +389,3 @@ func TestCommentThatNamesAChain(t *testing.T) {
 		}
 	})
 }
-
-// A binary that hangs is an error after a time, and ends at once when the agent does.
-func TestHungBinary(t *testing.T) {
-	for name, patient := range map[string]bool{"in time": false, "when the agent ends": true} {
-		t.Run(name, func(t *testing.T) {
-			o := Options{Backend: NFT, LockTimeout: time.Second, dirs: []string{t.TempDir()}, runTime: time.Millisecond}
-			ctx, cancel := context.WithCancel(context.Background())
-			defer cancel()
-			if patient {
-				o.runTime = time.Hour
-				time.AfterFunc(100*time.Millisecond, cancel)
-			}
-			fake(t, o.dirs[0], "iptables-nft-save", "exec sleep 1000\n")
-			_, err := o.run(ctx, o.find("iptables-nft-save"), "")
-			if want := map[bool]error{false: errHangs, true: context.Canceled}[patient]; !errors.Is(err, want) {
-				t.Errorf("%v, want %v", err, want)
-			}
-		})
-	}
-}

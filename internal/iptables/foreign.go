@@ -22,6 +22,8 @@ type ForeignRule struct {
 // source of packets from sources: they compete with ours. A rule that asks for a mark is
 // left out: it is for what its program has marked before, such as kube-proxy's.
 func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignRule, error) {
+	ctx, cancel := o.reading(ctx)
+	defer cancel()
 	plain := o.plainBackend(ctx)
 	var found []ForeignRule
 	var known []string // chains that the binaries list: nft lists those of its backend again
@@ -33,6 +35,9 @@ func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignR
 				continue
 			}
 			out, err := o.run(ctx, p.save, "")
+			if ctx.Err() != nil {
+				return found, hangs(ctx, "iptables")
+			}
 			if err != nil {
 				o.note("iptables: backend not readable", "path", p.save, "error", err)
 				continue
@@ -45,6 +50,9 @@ func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignR
 		}
 	}
 	native, err := foreignNative(ctx, o, sources, known)
+	if ctx.Err() != nil {
+		return found, hangs(ctx, "nft")
+	}
 	return append(found, native...), err
 }
 

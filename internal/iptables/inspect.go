@@ -23,6 +23,8 @@ type Inspector struct {
 // Inspect finds our rules in the network namespace of the calling thread. It returns
 // ErrNone if there are none.
 func Inspect(ctx context.Context, o Options) (*Inspector, error) {
+	ctx, cancel := o.reading(ctx)
+	defer cancel()
 	plain := o.plainBackend(ctx)
 	var failed error
 	for _, b := range []Backend{NFT, Legacy} {
@@ -32,6 +34,9 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 		i := &Inspector{backend: b, nat: make(map[Family]tableState), cut: make(map[Family]bool)}
 		for f, p := range o.programs(b, plain) {
 			tables, err := p.readAll(ctx)
+			if ctx.Err() != nil {
+				return nil, hangs(ctx, "iptables")
+			}
 			if err != nil {
 				failed = familyError(f, err)
 				continue

@@ -82,7 +82,22 @@ func (o Options) plainBackend(ctx context.Context) Backend {
 // lock.
 const runTime = 30 * time.Second
 
+// readTime is what somebody who looks at a node waits for all binaries together.
+const readTime = 20 * time.Second
+
 var errHangs = errors.New("no answer")
+
+// reading limits all calls of binaries with the context together.
+func (o Options) reading(ctx context.Context) (context.Context, context.CancelFunc) {
+	limit := cmp.Or(o.readTime, readTime)
+	return context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w for %s", errHangs, limit))
+}
+
+// hangs is the error of a context that reading has ended.
+func hangs(ctx context.Context, what string) error {
+	return hint(fmt.Errorf("%s: %w", what, context.Cause(ctx)), "a program of iptables hangs, or its machine is overloaded: `ps -ef | grep tables` shows it",
+		"the rules in the kernel stay in force meanwhile")
+}
 
 // run runs a binary in the network namespace of the calling thread. One that hangs must not
 // hang the agent, which has one loop for everything.

@@ -45,8 +45,8 @@ func Remove(ctx context.Context, o Options) (removed []string, err error) {
 // that the kernel lacks has none.
 func (p program) remove(ctx context.Context) (removed []string, err error) {
 	now, err := p.readAll(ctx)
-	if errors.Is(err, errHidden) {
-		return nil, err
+	if errors.Is(err, errHidden) || errors.Is(err, errHangs) || ctx.Err() != nil {
+		return nil, err // it may hold rules of ours
 	} else if err != nil {
 		p.opts.note("iptables: backend not readable", "path", p.save, "error", err)
 		return nil, nil
