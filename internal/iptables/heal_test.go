@@ -17,6 +17,15 @@ var listed = func(in *policy.Input) {
 	in.Nodes = []policy.NodeAddr{{Addr: netip.MustParseAddr("192.0.2.3"), Node: "b", Type: policy.InternalIP}}
 }
 
+// exchange are commands that put a set made by ipset in the place of ours.
+func exchange(name, family string, entries ...string) [][]string {
+	cmds := [][]string{strings.Fields("ipset create other hash:net family " + family)}
+	for _, e := range entries {
+		cmds = append(cmds, strings.Fields("ipset add other "+e))
+	}
+	return append(cmds, []string{"ipset", "swap", "other", name}, []string{"ipset", "destroy", "other"})
+}
+
 // What others do to our rules is noticed, and healed.
 func TestCheckNoticesAndApplyHeals(t *testing.T) {
 	eachBackend(t, func(t *testing.T, o Options) {
@@ -43,6 +52,12 @@ func TestCheckNoticesAndApplyHeals(t *testing.T) {
 			{"a set emptied", "IPv4: set bauta-nonmasq-4 was changed", [][]string{{"ipset", "flush", "bauta-nonmasq-4"}}},
 			{"an entry exchanged", "IPv6: set bauta-nonmasq-6 was changed",
 				[][]string{{"ipset", "del", "bauta-nonmasq-6", "fc00::/7"}, {"ipset", "add", "bauta-nonmasq-6", "fc00::/8"}}},
+			// ipset adds such entries only to sets that it made itself.
+			{"an entry that does not match", "IPv4: set bauta-nonmasq-4 was changed",
+				exchange("bauta-nonmasq-4", "inet", "172.16.0.0/12 nomatch", "192.168.0.0/16")},
+			{"an entry that excepts a part", "IPv6: set bauta-nonmasq-6 was changed", exchange("bauta-nonmasq-6", "inet6", "fc00::/7", "fd12::/16 nomatch")},
+			{"entries that end", "IPv4: set bauta-nonmasq-4 was changed",
+				exchange("bauta-nonmasq-4", "inet timeout 600", "172.16.0.0/12", "192.168.0.0/16")},
 			{"everything gone", "IPv4: table mangle: chain BAUTA-POSTROUTING is gone", [][]string{
 				{ipt, "-t", "mangle", "-F"}, {ipt, "-t", "mangle", "-X"}, {ipt, "-t", "nat", "-F"}, {ipt, "-t", "nat", "-X"},
 				{"ipset", "destroy", "bauta-nonmasq-4"}, {"ipset", "destroy", "bauta-nodes-4"}}},

@@ -29,8 +29,14 @@ const (
 // kernelSet is a set as the kernel lists it.
 type kernelSet struct {
 	Set
-	typ    string
-	family uint8
+	typ     string
+	family  uint8
+	strange int // entries with more than a prefix: nomatch, a timeout, counters
+}
+
+// holds tells whether the set holds just these prefixes, with nothing added to them.
+func (s kernelSet) holds(prefixes []netip.Prefix) bool {
+	return s.strange == 0 && slices.Equal(s.Prefixes, prefixes)
 }
 
 func (f Family) netlink() uint8 {
@@ -158,7 +164,10 @@ func (s *kernelSet) parse(msg []byte) {
 			s.family = value[0]
 		case nl.IPSET_ATTR_ADT:
 			for _, entry := range attributes(value) {
-				if p := parseEntry(entry); p.IsValid() {
+				switch p, plain := parseEntry(entry); {
+				case !plain:
+					s.strange++
+				case p.IsValid():
 					s.Prefixes = append(s.Prefixes, p)
 				}
 			}
@@ -166,10 +175,12 @@ func (s *kernelSet) parse(msg []byte) {
 	}
 }
 
-// parseEntry returns the zero Prefix for an entry that is none.
-func parseEntry(b []byte) netip.Prefix {
+// parseEntry returns the zero Prefix for an entry that is none. plain is false if it has
+// something that ours don't have, such as nomatch.
+func parseEntry(b []byte) (p netip.Prefix, plain bool) {
 	var addr netip.Addr
 	length := -1
+	plain = true
 	for typ, value := range attributes(b) {
 		switch typ {
 		case nl.IPSET_ATTR_IP:
@@ -178,12 +189,14 @@ func parseEntry(b []byte) netip.Prefix {
 			}
 		case nl.IPSET_ATTR_CIDR:
 			length = int(value[0])
+		default:
+			plain = false
 		}
 	}
 	if length < 0 {
 		length = addr.BitLen() // full length is not listed
 	}
-	return netip.PrefixFrom(addr, length)
+	return netip.PrefixFrom(addr, length), plain
 }
 
 // attributes goes through the attributes of a message, types without flags. That of the

@@ -27,7 +27,7 @@ func (c *setChange) change(f Family, wanted []Set) error {
 			return hint(fmt.Errorf("set %s: another program's, of type %s where %s is needed", s.Name, now.typ, setType),
 				fmt.Sprintf("rename or destroy it: ipset rename %s OTHER", s.Name))
 		}
-		if exists && slices.Equal(now.Prefixes, s.Prefixes) {
+		if exists && now.holds(s.Prefixes) {
 			continue
 		}
 		if err := c.replace(f, s, exists); err != nil {
@@ -108,7 +108,7 @@ func checkSets(wanted []Set) (string, error) {
 			return "", err
 		case !ok:
 			return fmt.Sprintf("set %s is gone", s.Name), nil
-		case !slices.Equal(now.Prefixes, s.Prefixes):
+		case !now.holds(s.Prefixes):
 			return fmt.Sprintf("set %s was changed", s.Name), nil
 		}
 	}
