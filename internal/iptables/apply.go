@@ -86,13 +86,13 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		rs = drained(f) // the flows that live keep their translation
 	}
 	start := time.Now()
-	var sets setChange
+	script := script(rs, now, t.last[f].listed)
+	sets := setChange{step: t.step}
 	if len(rs.Sets) > 0 {
-		if err := sets.change(f, rs.Sets); err != nil {
+		if err := sets.change(f, rs.Sets, script != ""); err != nil {
 			return errors.Join(err, sets.undo())
 		}
 	}
-	script := script(rs, now, t.last[f].listed)
 	if script != "" {
 		if err := prog.write(ctx, script); err != nil {
 			return errors.Join(err, t.rollBack(prog, now), sets.undo())
@@ -100,7 +100,11 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		if now, err = prog.state(ctx, true); err != nil {
 			return err
 		}
+		sets.stepped()
 		t.log.Info("iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
+	}
+	if err := sets.finish(f); err != nil {
+		return err
 	}
 	for _, table := range rs.Tables { // the guard first
 		if len(table.Chains) == 0 || !now[table.Name].dormant {

@@ -13,9 +13,9 @@
 //     one jump to BAUTA-POSTROUTING, first in POSTROUTING of nat and of mangle.
 //   - An excluded packet is returned, not accepted: the rules of others, such as
 //     those of kube-proxy, still see it.
-//   - Sets change by a swap and rules by one transaction a family and table, the guard
-//     of mangle before nat: no packet meets half of a policy, and none leaves
-//     untranslated in between.
+//   - Sets change by a swap, and shrink last, so that a prefix that moves is always in
+//     one. Rules change by one transaction a family and table, the guard of mangle before
+//     nat: no packet meets half of a policy, and none leaves untranslated in between.
 //   - What fails half-way is taken back.
 //   - No text of a user is an argument of a program: rules go in by stdin, and names of
 //     devices are checked.

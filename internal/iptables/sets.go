@@ -3,38 +3,106 @@ package iptables
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
+
+	"bauta.dev/bauta/internal/policy"
 )
 
 // setChange is a change of sets that can still be taken back: a swapped set's
 // former content is kept until then under its name and "-new".
+//
+// It goes in two steps where a prefix may move from one list to another, since a packet in
+// between must find it in one of them: a connection that begins there would be masqueraded
+// for all its life. First sets only grow, then, with the rules that name them, they shrink.
 type setChange struct {
 	swapped, created []string
+	rest             []Set  // what is to be swapped when the rules are written
+	step             func() // called after each write; for tests
 }
 
 func asideName(name string) string { return name + "-new" }
 
-// change makes the sets of rules to come. Sets that they don't name stay until
-// the rules that name them are gone: see discard.
-func (c *setChange) change(f Family, wanted []Set) error {
+// difference is how a set is to change.
+type difference struct {
+	Set
+	exists, right bool
+	plain         bool           // no entry has a flag
+	union         []netip.Prefix // of what it holds and what it is to hold
+	gains, loses  bool
+}
+
+// change makes the sets of rules to come; newRules tells whether other rules follow. Sets
+// that they don't name stay until the rules that name them are gone: see discard.
+func (c *setChange) change(f Family, wanted []Set, newRules bool) error {
+	var list []difference
+	gaining := 0
 	for _, s := range wanted {
-		now, exists, err := readSet(s.Name)
+		d, err := compareSet(f, s)
 		if err != nil {
 			return err
 		}
-		if exists && (now.typ != setType || now.family != f.netlink()) {
-			return hint(fmt.Errorf("set %s: another program's, of type %s where %s is needed", s.Name, now.typ, setType),
-				fmt.Sprintf("rename or destroy it: ipset rename %s OTHER", s.Name))
+		if d.gains {
+			gaining++
 		}
-		if exists && now.holds(s.Prefixes) {
+		list = append(list, d)
+	}
+	for _, d := range list {
+		if d.right {
 			continue
 		}
-		if err := c.replace(f, s, exists); err != nil {
-			return fmt.Errorf("set %s: %w", s.Name, err)
+		others := gaining
+		if d.gains {
+			others--
+		}
+		now := d.Set
+		if d.exists && d.loses && (newRules || others > 0) {
+			now.Prefixes = d.union
+			c.rest = append(c.rest, d.Set)
+		}
+		if !d.gains && len(now.Prefixes) == len(d.union) && d.plain {
+			continue // it shrinks only
+		}
+		if err := c.replace(f, now, d.exists); err != nil {
+			return fmt.Errorf("set %s: %w", d.Name, err)
 		}
 	}
 	return nil
+}
+
+// finish takes out of sets what no rule needs any more.
+func (c *setChange) finish(f Family) error {
+	for _, s := range c.rest {
+		if err := c.replace(f, s, true); err != nil {
+			return fmt.Errorf("set %s: %w", s.Name, err)
+		}
+	}
+	c.rest = nil
+	return nil
+}
+
+func compareSet(f Family, s Set) (d difference, err error) {
+	now, exists, err := readSet(s.Name)
+	if err != nil {
+		return d, err
+	}
+	if exists && (now.typ != setType || now.family != f.netlink()) {
+		return d, hint(fmt.Errorf("set %s: another program's, of type %s where %s is needed", s.Name, now.typ, setType),
+			fmt.Sprintf("rename or destroy it: ipset rename %s OTHER", s.Name))
+	}
+	d = difference{Set: s, exists: exists, right: exists && now.holds(s.Prefixes), plain: now.strange == 0}
+	d.union = slices.Concat(now.Prefixes, s.Prefixes)
+	slices.SortFunc(d.union, policy.ComparePrefixes)
+	d.union = slices.Compact(d.union)
+	d.gains, d.loses = len(d.union) > len(now.Prefixes), len(d.union) > len(s.Prefixes)
+	return d, nil
+}
+
+func (c *setChange) stepped() {
+	if c.step != nil {
+		c.step()
+	}
 }
 
 // replace builds the set aside, so that nobody ever sees half of it.
@@ -62,6 +130,7 @@ func (c *setChange) replace(f Family, s Set, exists bool) error {
 	} else {
 		c.created = append(c.created, s.Name)
 	}
+	c.stepped()
 	return nil
 }
 

@@ -27,6 +27,7 @@ type Tables struct {
 	last     map[Family]applied // what the kernel holds by our doing
 	seen     uint32             // the generation of nft rules that Check found right
 	seenOK   bool
+	step     func() // for tests: see setChange
 }
 
 // applied is what the last Apply wrote, and how the kernel lists it.
