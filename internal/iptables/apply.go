@@ -16,11 +16,9 @@ import (
 var tableNames = []string{"mangle", "nat"}
 
 // Apply makes the kernel hold p. It writes only what is different. A family that
-// fails does not keep the other from being written: then the error is ErrPartly.
+// fails does not keep the other from being written, nor does a device that rules can't name
+// keep others from being masqueraded on: then the error is ErrPartly.
 func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
-	if err := checkDevices(p.Input().Devices); err != nil {
-		return err
-	}
 	if err := t.probeSets(ctx); err != nil {
 		return err
 	}
@@ -40,13 +38,16 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 			break // the other would wait as long again
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		if len(errs) < wanted && !errors.Is(err, ErrLocked) && ctx.Err() == nil {
-			return partly{err}
-		}
+	failed := len(errs)
+	good, odd := usable(p.Input().Devices)
+	err := errors.Join(append(errs, odd)...)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrLocked), ctx.Err() != nil, failed > 0 && failed >= wanted, odd != nil && len(good) == 0:
 		return err
 	}
-	return nil
+	return partly{err}
 }
 
 // Drain leaves no rule that translates new flows. The hooks of conntrack and NAT

@@ -65,13 +65,13 @@ var (
 	ErrNoBinary = errors.New("not installed")
 	// ErrNone says that nothing of ours is in this network namespace.
 	ErrNone = errors.New("iptables: no rules of Bauta")
-	// ErrPartly says that the policy is in force for one family only.
-	ErrPartly = errors.New("rules not written for each family")
+	// ErrPartly says that the policy is in force, but not for each family or device.
+	ErrPartly = errors.New("rules not written for each family and device")
 	// ErrLocked says that another program holds the xtables lock: try again later.
 	ErrLocked = errors.New("xtables lock: held by another program")
 )
 
-// partly is an error about one family, in its words; the other is in force.
+// partly is an error about a family or devices, in its words; the rest is in force.
 type partly struct{ error }
 
 func (e partly) Is(target error) bool { return target == ErrPartly }

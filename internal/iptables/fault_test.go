@@ -317,16 +317,60 @@ func TestNoSets(t *testing.T) {
 }
 
 func TestDeviceNames(t *testing.T) {
-	for _, name := range []string{"eth+", "-x", "!x", "a b", `a"b`, "a'b", `a\b`, "#x", "é"} {
-		if err := checkDevices([]policy.Device{{Name: name}}); err == nil {
+	for _, name := range []string{"eth+", "-x", "!x", "a b", `a"b`, "a'b", `a\b`, "#x", "é", "", "a-name-too-long-"} {
+		if CheckDevice(name) == nil {
 			t.Errorf("%q passes", name)
 		}
 	}
 	for _, name := range []string{"eth0", "eth0.7", "wg-home", "a+b", "br_lan", "veth@x", "x!"} {
-		if err := checkDevices([]policy.Device{{Name: name}}); err != nil {
+		if err := CheckDevice(name); err != nil {
 			t.Error(err)
 		}
 	}
+}
+
+// A device that rules can't name is left out; the others are masqueraded on.
+func TestOddDeviceIsLeftOut(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		n := tables(t, labtest.NewNS(t), o)
+		with := func(names ...string) *policy.Policy {
+			return build(t, func(in *policy.Input) {
+				listed(in)
+				for i, name := range names {
+					in.Devices = append(in.Devices, policy.Device{Name: name, Index: 200 + i, Ethernet: true, IPv4: netip.MustParseAddr("198.51.100.1")})
+				}
+			})
+		}
+		err := n.applyError(with("eth+", "é", "eth1"))
+		if !errors.Is(err, ErrPartly) || !strings.Contains(err.Error(), `device "eth+"`) || !strings.Contains(err.Error(), `device "é"`) || !strings.Contains(hints(err), "devices=!NAME") {
+			t.Errorf("got %v, hints %q", err, hints(err))
+		}
+		n.right()
+		n.do(func() error {
+			i, err := Inspect(context.Background(), o)
+			if err != nil {
+				return err
+			}
+			if devices, _ := i.Devices(); strings.Join(devices, " ") != "eth0 eth1" {
+				t.Errorf("devices %q", devices)
+			}
+			return nil
+		})
+		for _, f := range families {
+			for _, rule := range ours(n.run(n.ipt(f, "-save"))) {
+				if strings.Contains(rule, "eth+") || strings.Contains(rule, "é") {
+					t.Error(rule)
+				}
+			}
+		}
+		n.apply(with("eth1"))
+		n.right()
+		// Where no device is left nothing is in force.
+		err = n.applyError(build(t, func(in *policy.Input) { in.Devices[0].Name = "eth+" }))
+		if err == nil || errors.Is(err, ErrPartly) || !strings.Contains(err.Error(), `device "eth+"`) {
+			t.Errorf("the only one: %v", err)
+		}
+	})
 }
 
 // Rules of ours in the other backend, as after a change of the node's iptables, go; rules of

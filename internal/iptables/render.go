@@ -14,13 +14,15 @@ type RenderOptions struct {
 	PlainRules  bool // a rule for each prefix, where there are no sets
 }
 
-// Render returns the rules of a family. A family that is off has none.
+// Render returns the rules of a family. A family that is off has none. Devices that rules
+// can't name are left out: see CheckDevice.
 func Render(p *policy.Policy, f Family, o RenderOptions) Ruleset {
 	in := p.Input()
 	rs := Ruleset{Family: f}
 	if f == IPv4 && !in.IPv4 || f == IPv6 && !in.IPv6 {
 		return rs
 	}
+	in.Devices, _ = usable(in.Devices)
 	r := renderer{p: p, in: in, f: f, opts: o}
 	if !o.PlainRules {
 		rs.Sets = r.sets()

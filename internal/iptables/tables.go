@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"slices"
 
 	"bauta.dev/bauta/internal/policy"
 )
@@ -90,20 +89,4 @@ func (t *Tables) Warnings() []string {
 func wants(p *policy.Policy, f Family) bool {
 	in := p.Input()
 	return f == IPv4 && in.IPv4 || f == IPv6 && in.IPv6
-}
-
-// checkDevices refuses names that would mean something else in a rule.
-func checkDevices(list []policy.Device) error {
-	for _, d := range list {
-		for i, c := range []byte(d.Name) {
-			bad := c <= ' ' || c > '~' || slices.Contains([]byte(`"'\/`), c) || i == 0 && (c == '-' || c == '!' || c == '#')
-			if bad || i == len(d.Name)-1 && c == '+' {
-				return hint(fmt.Errorf("device %q: iptables can't match this name", d.Name), "rename the device, or exclude it: devices=!NAME")
-			}
-		}
-		if d.Name == "" || len(d.Name) > 15 {
-			return fmt.Errorf("device %q: not a name of a device", d.Name)
-		}
-	}
-	return nil
 }
