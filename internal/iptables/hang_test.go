@@ -60,6 +60,24 @@ func TestReadersWithHungBinaries(t *testing.T) {
 	}
 }
 
+// The caller may have less time, or lose interest.
+func TestReaderEndedByCaller(t *testing.T) {
+	o := Options{dirs: []string{t.TempDir()}}
+	fake(t, o.dirs[0], "iptables", "exec sleep 1000\n")
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	fake(t, o.dirs[0], "iptables-nft-save", "")
+	fake(t, o.dirs[0], "iptables-nft-restore", "")
+	if _, err := Inspect(short, o); !errors.Is(err, errHangs) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("short of time: %v", err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Inspect(ended, o); !errors.Is(err, context.Canceled) || hints(err) != "" {
+		t.Errorf("canceled: %v, hints %q", err, hints(err))
+	}
+}
+
 // Nor does a cleanup say that there was nothing.
 func TestRemoveWithHungBinary(t *testing.T) {
 	o := Options{Backend: NFT, LockTimeout: time.Second, dirs: []string{t.TempDir()}, runTime: time.Millisecond}

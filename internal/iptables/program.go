@@ -93,9 +93,16 @@ func (o Options) reading(ctx context.Context) (context.Context, context.CancelFu
 	return context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w for %s", errHangs, limit))
 }
 
-// hangs is the error of a context that reading has ended.
+// hangs is the error of a reader whose context has ended.
 func hangs(ctx context.Context, what string) error {
-	return hint(fmt.Errorf("%s: %w", what, context.Cause(ctx)), "a program of iptables hangs, or its machine is overloaded: `ps -ef | grep tables` shows it",
+	cause := context.Cause(ctx)
+	switch {
+	case errors.Is(cause, context.Canceled):
+		return fmt.Errorf("%s: %w", what, cause)
+	case !errors.Is(cause, errHangs): // a limit of the caller's
+		cause = fmt.Errorf("%w in time: %w", errHangs, cause)
+	}
+	return hint(fmt.Errorf("%s: %w", what, cause), "a program of iptables hangs, or its machine is overloaded: `ps -ef | grep tables` shows it",
 		"the rules in the kernel stay in force meanwhile")
 }
 
