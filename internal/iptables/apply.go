@@ -95,7 +95,14 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		}
 	}
 	if script != "" {
-		if err := prog.write(ctx, script); err != nil {
+		err := prog.unhook(rs.Tables, now, false)
+		if err == nil {
+			err = prog.write(ctx, script)
+		}
+		if err == nil {
+			err = prog.unhook(rs.Tables, now, true)
+		}
+		if err != nil {
 			return errors.Join(err, t.rollBack(prog, now), sets.undo())
 		}
 		if now, err = prog.state(ctx, true); err != nil {

@@ -76,11 +76,16 @@ func tableFlags(f Family, table string) (flags uint32, err error) {
 	return flags, nil
 }
 
-// setTableFlags changes a table that is there: a batch of one message.
+// setTableFlags changes a table that is there.
 func setTableFlags(f Family, table string, flags uint32) error {
 	change := nftMessage(unix.NFT_MSG_NEWTABLE, unix.NLM_F_REQUEST|unix.NLM_F_ACK, f)
 	change.AddData(nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(table)))
 	change.AddData(nl.NewRtAttr(unix.NFTA_TABLE_FLAGS, binary.BigEndian.AppendUint32(nil, flags)))
+	return sendBatch(change)
+}
+
+// sendBatch sends a change of nft objects: a batch of one message.
+func sendBatch(change *nl.NetlinkRequest) error {
 	batch := append(batchMark(unix.NFNL_MSG_BATCH_BEGIN), change.Serialize()...)
 	batch = append(batch, batchMark(unix.NFNL_MSG_BATCH_END)...)
 

@@ -136,32 +136,6 @@ exit 4
 	}
 }
 
-// With native rules that iptables can't show nobody can tell what is in a table.
-func TestNativeRulesInOurTable(t *testing.T) {
-	n := tables(t, labtest.NewNS(t), Options{Backend: NFT})
-	n.apply(build(t, nil))
-	n.run("nft", "add", "rule", "ip", "nat", "POSTROUTING", "meta", "mark", "set", "jhash", "ip", "saddr", "mod", "7")
-	err := n.applyError(build(t, listed))
-	if !errors.Is(err, errHidden) || !strings.Contains(err.Error(), "IPv4: table nat: ") || !strings.Contains(hints(err), "nft list table ip nat") {
-		t.Errorf("apply: %v, hints %q", err, hints(err))
-	}
-	n.do(func() error {
-		if _, err := n.tables.Check(context.Background()); !errors.Is(err, errHidden) {
-			t.Errorf("check: %v", err)
-		}
-		if _, err := Inspect(context.Background(), n.o); err != nil { // IPv6 is readable
-			t.Errorf("inspect: %v", err)
-		}
-		if _, err := Remove(context.Background(), n.o); !errors.Is(err, errHidden) {
-			t.Errorf("remove: %v", err)
-		}
-		return nil
-	})
-	n.run("nft", "flush", "chain", "ip", "nat", "POSTROUTING")
-	n.apply(build(t, listed))
-	n.right()
-}
-
 // A restore that writes the first table and then fails leaves nothing behind.
 func TestRestoreFailingHalfWay(t *testing.T) {
 	eachBackend(t, func(t *testing.T, o Options) {

@@ -132,7 +132,8 @@ func (p program) read(ctx context.Context, table string) (tableState, error) {
 	if err != nil {
 		return tableState{}, err
 	}
-	return parseSave(out)[table], hidden(out)
+	states, err := p.states(ctx, out)
+	return states[table], err
 }
 
 // readAll returns the state of all tables that exist, and makes none.
@@ -141,18 +142,7 @@ func (p program) readAll(ctx context.Context) (map[string]tableState, error) {
 	if err != nil {
 		return nil, err
 	}
-	return parseSave(out), hidden(out)
-}
-
-// hidden is an error if a table that can hold rules of ours was not listed.
-func hidden(out string) error {
-	for _, name := range tableNames {
-		if strings.Contains(out, "# Table `"+name+"' is incompatible") {
-			return hint(fmt.Errorf("table %s: %w", name, errHidden), "a program added native nft rules to this table of iptables, "+
-				"`nft list table ip "+name+"` shows them: it should have a table of its own")
-		}
-	}
-	return nil
+	return p.states(ctx, out)
 }
 
 // write runs a script of iptables-restore.
@@ -218,6 +208,6 @@ func (o Options) explain(name string, err error, stderr, script string) error {
 var (
 	// errNoTable says that a table is not to be had in this kernel.
 	errNoTable = errors.New("no such table in this kernel")
-	// errHidden says that the nft backend does not list a table.
+	// errHidden says that what is in a table can't be found out.
 	errHidden = errors.New("it holds rules that iptables can't show")
 )

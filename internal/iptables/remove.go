@@ -52,11 +52,13 @@ func (p program) remove(ctx context.Context) (removed []string, err error) {
 		return nil, nil
 	}
 	var b strings.Builder
+	var none []Table
 	for _, name := range slices.Sorted(maps.Keys(now)) {
 		s := now[name]
 		if s.empty() {
 			continue
 		}
+		none = append(none, Table{Name: name})
 		b.WriteString(Table{Name: name}.script(s))
 		where := strings.TrimSuffix(filepath.Base(p.restore), "-restore") + ": table " + name + ": "
 		for _, ref := range s.refs {
@@ -68,6 +70,9 @@ func (p program) remove(ctx context.Context) (removed []string, err error) {
 	}
 	if b.Len() == 0 {
 		return nil, nil
+	}
+	if err := p.unhook(none, now, false); err != nil {
+		return nil, fmt.Errorf("remove rules: %w", err)
 	}
 	if err := p.write(ctx, b.String()); err != nil {
 		return nil, fmt.Errorf("remove rules: %w", err)

@@ -105,8 +105,10 @@ func (t Table) script(now tableState) string {
 		}
 	}
 	if !now.jumpIsRight(wanted[entryChain]) {
-		for _, r := range now.refs {
-			body = append(body, "-D "+r)
+		if len(now.at) == 0 { // else see unhook
+			for _, r := range now.refs {
+				body = append(body, "-D "+r)
+			}
 		}
 		if wanted[entryChain] {
 			body = append(body, "-I "+hookChain+" 1 "+jump)

@@ -12,6 +12,7 @@ type tableState struct {
 	refs   []string            // "CHAIN RULE": rules in chains of others that lead to ours
 	first  string              // the first rule of POSTROUTING
 	rules  int                 // of others
+	at     [][]byte            // handles of refs, if iptables can't find them: see readHidden
 
 	dormant bool // no packet comes to it: see markDormant
 }
