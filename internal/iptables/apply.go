@@ -95,14 +95,7 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		}
 	}
 	if script != "" {
-		err := prog.unhook(rs.Tables, now, false)
-		if err == nil {
-			err = prog.write(ctx, script)
-		}
-		if err == nil {
-			err = prog.unhook(rs.Tables, now, true)
-		}
-		if err != nil {
+		if err := prog.change(ctx, script, rs.Tables, now); err != nil {
 			return errors.Join(err, t.rollBack(prog, now), sets.undo())
 		}
 		if now, err = prog.state(ctx, true); err != nil {
@@ -114,14 +107,8 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 	if err := sets.finish(f); err != nil {
 		return err
 	}
-	for _, table := range rs.Tables { // the guard first
-		if len(table.Chains) == 0 || !now[table.Name].dormant {
-			continue
-		}
-		if err := prog.wake(table.Name); err != nil {
-			return err
-		}
-		t.log.Warn("iptables: table was dormant, woken", "family", f.String(), "table", table.Name)
+	if err := t.wake(prog, rs, now); err != nil {
+		return err
 	}
 	t.last[f] = applied{rs, listing(rs, now)}
 	if err := t.cleanOther(ctx, f); err != nil || !setsSupported() { // its rules may hold sets
@@ -129,6 +116,20 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 	}
 	_, err = discard(f, rs.Sets)
 	return err
+}
+
+// wake wakes the tables that rules are needed in, the guard first.
+func (t *Tables) wake(prog program, rs Ruleset, now map[string]tableState) error {
+	for _, table := range rs.Tables {
+		if len(table.Chains) == 0 || !now[table.Name].dormant {
+			continue
+		}
+		if err := prog.wake(table.Name); err != nil {
+			return err
+		}
+		t.log.Warn("iptables: table was dormant, woken", "family", rs.Family.String(), "table", table.Name)
+	}
+	return nil
 }
 
 // script is what turns the state into the wanted rules. listed has the kernel's

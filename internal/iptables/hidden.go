@@ -67,6 +67,17 @@ func (p program) readHidden(ctx context.Context, table string) (s tableState, er
 	return s, err
 }
 
+// change writes a script that makes tables of what is there.
+func (p program) change(ctx context.Context, script string, tables []Table, now map[string]tableState) error {
+	if err := p.unhook(tables, now, false); err != nil {
+		return err
+	}
+	if err := p.write(ctx, script); err != nil {
+		return err
+	}
+	return p.unhook(tables, now, true)
+}
+
 // unhook deletes the jumps of a table that iptables can't show: to find them by their words,
 // it would have to read all rules, and a number may be another rule's by then. Wrong jumps
 // go when the right one stands, and before chains that they would keep from going.

@@ -71,10 +71,7 @@ func (p program) remove(ctx context.Context) (removed []string, err error) {
 	if b.Len() == 0 {
 		return nil, nil
 	}
-	if err := p.unhook(none, now, false); err != nil {
-		return nil, fmt.Errorf("remove rules: %w", err)
-	}
-	if err := p.write(ctx, b.String()); err != nil {
+	if err := p.change(ctx, b.String(), none, now); err != nil {
 		return nil, fmt.Errorf("remove rules: %w", err)
 	}
 	return removed, nil
