@@ -203,7 +203,7 @@ func (l *loop) openRules(ctx context.Context, root string, log *slog.Logger) err
 	l.kernel = kernel
 	l.inspect = func() (inspector, error) { return inspectRules(ctx, nil) }
 	if file, err := ReadPolicyFile(l.runDir); err == nil {
-		kernel.expect(file.addrs())
+		kernel.expect(file)
 	}
 	old, err := inspectRoot(root)
 	if isNone(err) {

@@ -67,9 +67,9 @@ func modeOf(bpf bool) string {
 }
 
 // partly tells whether, in spite of an error, a policy is in force: on some devices, or for
-// one family.
+// one family, or for new connections only.
 func partly(err error) bool {
-	return errors.Is(err, datapath.ErrAttach) || errors.Is(err, iptables.ErrPartly)
+	return errors.Is(err, datapath.ErrAttach) || errors.Is(err, iptables.ErrPartly) || errors.Is(err, errRenew)
 }
 
 // isNone tells whether an inspection found nothing of ours.

@@ -23,6 +23,7 @@ type changeover struct {
 	flows   flowKeeper // of that; nil: netfilter keeps them
 	old     oldSide    // nil: it is gone
 	move    func(context.Context) (switched, error)
+	renew   func(context.Context) error // after the move; nil: nothing
 	moving  *modeSwitch
 	taking  *takeOver      // of another program alone; nil: of our other mode
 	policy  *policy.Policy // of the Apply under way
@@ -68,6 +69,9 @@ func (c *changeover) Apply(ctx context.Context, p *policy.Policy) error {
 		message = "connections taken over"
 	}
 	c.log.Info(message, "from", c.old.mode(), "moved", result.Moved, "draining", result.Left, "took", time.Since(start))
+	if c.renew != nil {
+		return c.renew(ctx)
+	}
 	return nil
 }
 
@@ -320,9 +324,11 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 				return err
 			},
 		},
-		rules: steps{rules.rules.Drain, func(ctx context.Context) error { return rules.Apply(ctx, c.policy) }},
+		rules: steps{rules.rules.Drain, func(ctx context.Context) error { return rules.write(ctx, c.policy) }},
 	}
-	c.old, c.move = &oldPrograms{programs: programs, root: root, moving: c.moving}, c.moving.toRules
+	old := &oldPrograms{programs: programs, root: root, moving: c.moving}
+	c.old, c.move, c.renew = old, c.moving.toRules, rules.renew
+	rules.renewing, rules.spare = true, old.spared
 	return c, nil
 }
 

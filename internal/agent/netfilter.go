@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/conntrack"
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/iptables"
 	"bauta.dev/bauta/internal/policy"
 )
@@ -26,6 +28,8 @@ type ruleSet interface {
 	Check(context.Context) (changed string, err error)
 	Drain(context.Context) error
 	Warnings() []string
+	Held(context.Context, *policy.Policy) (bool, error) // before the first Apply
+	Changed() string                                    // by others, before the last Apply
 }
 
 // checkPause is from one look at the rules to the next: somebody else's flush is healed
@@ -44,6 +48,12 @@ type netfilter struct {
 	took     time.Duration // how long it took
 	attached []datapath.Attachment
 
+	leave    func([]netip.Addr) (map[netip.Addr]int, error)  // by which device packets leave
+	spare    func(context.Context) (map[flowKey]bool, error) // connections that others translate; nil: none
+	before   *policy.Policy                                  // what an earlier agent had in force; nil: not known
+	policy   *policy.Policy                                  // in force by this agent; nil: none yet
+	renewing bool                                            // rules were not in force: see renew
+
 	mu      sync.Mutex
 	sources []netip.Prefix
 	had     map[netip.Addr]bool // addresses that flows may have; false: no longer on the node
@@ -61,13 +71,16 @@ func openNetfilter(ctx context.Context, cfg config.Config, backend iptables.Back
 		lock.Close()
 		return nil, err
 	}
-	return &netfilter{rules: tables, lock: lock, log: log, flows: conntrack.List, end: conntrack.Delete, had: make(map[netip.Addr]bool)}, nil
+	return &netfilter{rules: tables, lock: lock, log: log, flows: conntrack.List, end: conntrack.Delete, leave: devices.Leave, had: make(map[netip.Addr]bool)}, nil
 }
 
-// expect says which addresses flows of an earlier agent may have.
-func (n *netfilter) expect(addrs []netip.Addr) {
-	for _, a := range addrs {
+// expect says what an earlier agent left: addresses that flows may have, and its policy.
+func (n *netfilter) expect(file PolicyFile) {
+	for _, a := range file.addrs() {
 		n.had[a] = false
+	}
+	if p, err := file.Policy(); err == nil && file.Mode == ModeIPTables {
+		n.before = p
 	}
 }
 
@@ -75,13 +88,34 @@ func (n *netfilter) Close() error { return n.lock.Close() }
 
 func (n *netfilter) Warnings() []string { return n.rules.Warnings() }
 
+// Apply also ends connections that began while rules were not in force. A policy that is
+// just another one ends none.
 func (n *netfilter) Apply(ctx context.Context, p *policy.Policy) error {
+	err := n.write(ctx, p)
+	if err != nil && !partly(err) {
+		return err
+	}
+	return errors.Join(err, n.renew(ctx))
+}
+
+// write puts rules in force, and notes whether they were not until now.
+func (n *netfilter) write(ctx context.Context, p *policy.Policy) error {
+	if n.policy == nil && !n.held(ctx, p) {
+		n.renewing = true
+	}
 	err := n.rules.Apply(ctx, p)
+	if n.rules.Changed() != "" {
+		n.renewing = true
+	}
 	if err != nil && !partly(err) {
 		return err
 	}
 	n.checked = time.Now()
 	in := p.Input()
+	if n.policy != nil && !slices.Equal(deviceNames(n.policy.Input().Devices), deviceNames(in.Devices)) {
+		n.renewing = true // rules name devices: one with a new name had none
+	}
+	n.policy, n.before = p, nil
 	n.attached = nil
 	for _, d := range in.Devices {
 		n.attached = append(n.attached, datapath.Attachment{Device: d.Name, Index: d.Index, Hook: HookIPTables})
@@ -117,6 +151,7 @@ func (n *netfilter) Healthy(ctx context.Context) bool {
 	case err != nil:
 		n.log.Warn("rules not checked, applying them again", "error", err)
 	case changed != "":
+		n.renewing = true
 		n.log.Warn("rules were changed by others, applying them again", "what", changed)
 	}
 	return err == nil && changed == ""

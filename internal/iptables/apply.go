@@ -23,7 +23,7 @@ func (t *Tables) Apply(ctx context.Context, p *policy.Policy) error {
 		return err
 	}
 	var errs []error
-	t.prefixes = 0
+	t.prefixes, t.changed = 0, ""
 	wanted := 0
 	for _, f := range families {
 		if wants(p, f) {
@@ -77,6 +77,9 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 	}
 	now, err := prog.state(ctx, on)
 	if err != nil {
+		return err
+	}
+	if err := t.notice(f, now); err != nil {
 		return err
 	}
 	if !on {

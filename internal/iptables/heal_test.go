@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"context"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -68,9 +69,18 @@ func TestCheckNoticesAndApplyHeals(t *testing.T) {
 			if got := n.check(); got != c.want {
 				t.Errorf("%s: check says %q, want %q", c.name, got, c.want)
 			}
+			if held(n, p) {
+				t.Errorf("%s: a new process finds all right", c.name)
+			}
 			n.apply(p)
+			if got := n.tables.Changed(); got != c.want {
+				t.Errorf("%s: apply found %q changed, want %q", c.name, got, c.want)
+			}
 			if got := n.check(); got != "" {
 				t.Errorf("%s: not healed: %s", c.name, got)
+			}
+			if !held(n, p) {
+				t.Errorf("%s: healed, but not for a new process", c.name)
 			}
 			if strings.Contains(c.name, "before ours") {
 				// It is still there, behind ours.
@@ -151,5 +161,28 @@ func TestSetsComeAndGo(t *testing.T) {
 			in.IPv6 = false
 		}))
 		want("bauta-native-4")
+	})
+}
+
+// held is what a new process says of the rules in the kernel.
+func held(n *inNS, p *policy.Policy) (is bool) {
+	n.t.Helper()
+	again := tables(n.t, n.ns, n.o)
+	n.do(func() (err error) { is, err = again.tables.Held(context.Background(), p); return err })
+	return is
+}
+
+// Another policy is no change by others.
+func TestAnotherPolicyIsNoChange(t *testing.T) {
+	eachBackend(t, func(t *testing.T, o Options) {
+		n := tables(t, labtest.NewNS(t), o)
+		if held(n, build(t, listed)) {
+			t.Error("rules are held before there are any")
+		}
+		for _, p := range []*policy.Policy{build(t, listed), build(t, nil), build(t, listed)} {
+			if n.apply(p); n.tables.Changed() != "" {
+				t.Errorf("changed by others: %s", n.tables.Changed())
+			}
+		}
 	})
 }

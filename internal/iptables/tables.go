@@ -27,7 +27,12 @@ type Tables struct {
 	seen     uint32             // the generation of nft rules that Check found right
 	seenOK   bool
 	step     func() // for tests: see setChange
+	changed  string // what the last Apply found changed by others
 }
+
+// Changed says what the last Apply found otherwise than the one before had left it, and
+// healed; empty: nothing, or it was the first.
+func (t *Tables) Changed() string { return t.changed }
 
 // applied is what the last Apply wrote, and how the kernel lists it.
 type applied struct {
