@@ -286,19 +286,3 @@ func TestManyForeignRulesAreCut(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
-
-func TestOneOwnerOfTheRules(t *testing.T) {
-	first, err := claimRules()
-	if err != nil {
-		t.Skipf("an agent runs here: %v", err)
-	}
-	if _, err := claimRules(); !errors.Is(err, ErrBusy) {
-		t.Errorf("a second owner: %v", err)
-	}
-	first.Close()
-	again, err := claimRules()
-	if err != nil {
-		t.Fatal(err)
-	}
-	again.Close()
-}

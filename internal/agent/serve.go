@@ -37,12 +37,17 @@ func prepareRunDir(dir string) error {
 	if err != nil {
 		return fmt.Errorf("run-dir: %w", err)
 	}
-	owner, ok := info.Sys().(*syscall.Stat_t)
-	if info.Mode().Perm()&0o022 != 0 || ok && int(owner.Uid) != os.Geteuid() {
+	if !private(info) {
 		return &Error{fmt.Errorf("run-dir %s: other users can write to it", dir),
 			[]string{"give --run-dir a directory of its own, for example " + DefaultRunDir, "chmod 700 " + dir}}
 	}
 	return nil
+}
+
+// private tells whether nobody else can make files in a directory.
+func private(info fs.FileInfo) bool {
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	return info.Mode().Perm()&0o022 == 0 && (!ok || int(owner.Uid) == os.Geteuid())
 }
 
 // vacant refuses a run directory in which no socket can be made: that of another
