@@ -47,6 +47,8 @@ type netfilter struct {
 	checked  time.Time     // when the last look began
 	took     time.Duration // how long it took
 	attached []datapath.Attachment
+	unrest   unrest
+	noted    bool // what the next Apply finds changed
 
 	leave    func([]netip.Addr) (map[netip.Addr]int, error)  // by which device packets leave
 	spare    func(context.Context) (map[flowKey]bool, error) // connections that others translate; nil: none
@@ -71,7 +73,7 @@ func openNetfilter(ctx context.Context, cfg config.Config, backend iptables.Back
 		lock.Close()
 		return nil, err
 	}
-	return &netfilter{rules: tables, lock: lock, log: log, flows: conntrack.List, end: conntrack.Delete, leave: devices.Leave, had: make(map[netip.Addr]bool)}, nil
+	return &netfilter{rules: tables, lock: lock, log: log, unrest: unrest{log: log}, flows: conntrack.List, end: conntrack.Delete, leave: devices.Leave, had: make(map[netip.Addr]bool)}, nil
 }
 
 // expect says what an earlier agent left: addresses that flows may have, and its policy.
@@ -86,7 +88,7 @@ func (n *netfilter) expect(file PolicyFile) {
 
 func (n *netfilter) Close() error { return n.lock.Close() }
 
-func (n *netfilter) Warnings() []string { return n.rules.Warnings() }
+func (n *netfilter) Warnings() []string { return append(n.rules.Warnings(), n.unrest.warnings()...) }
 
 // Apply also ends connections that began while rules were not in force. A policy that is
 // just another one ends none.
@@ -104,9 +106,13 @@ func (n *netfilter) write(ctx context.Context, p *policy.Policy) error {
 		n.renewing = true
 	}
 	err := n.rules.Apply(ctx, p)
-	if n.rules.Changed() != "" {
+	if changed := n.rules.Changed(); changed != "" {
 		n.renewing = true
+		if !n.noted {
+			n.unrest.note(changed)
+		}
 	}
+	n.noted = false
 	if err != nil && !partly(err) {
 		return err
 	}
@@ -149,10 +155,11 @@ func (n *netfilter) Healthy(ctx context.Context) bool {
 	case ctx.Err() != nil:
 		return true
 	case err != nil:
-		n.log.Warn("rules not checked, applying them again", "error", err)
+		n.unrest.note(fmt.Sprintf("not to be compared: %v", err))
+		n.noted = true
 	case changed != "":
-		n.renewing = true
-		n.log.Warn("rules were changed by others, applying them again", "what", changed)
+		n.renewing, n.noted = true, true
+		n.unrest.note(changed)
 	}
 	return err == nil && changed == ""
 }

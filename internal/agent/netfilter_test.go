@@ -75,7 +75,7 @@ func newRuleBench(t *testing.T, options ...string) (*bench, *fakeRules, *netfilt
 	b := newBench(t, append(options, "enable-bpf-masquerade=false")...)
 	r := &fakeRules{}
 	n := &netfilter{
-		rules: r, lock: closer{}, log: quiet, had: make(map[netip.Addr]bool),
+		rules: r, lock: closer{}, log: quiet, unrest: unrest{log: quiet}, had: make(map[netip.Addr]bool),
 		flows: func(context.Context, conntrack.Filter) ([]conntrack.Flow, error) { return nil, nil },
 		end:   func(context.Context, []conntrack.Flow) (int, error) { return 0, nil },
 		leave: func([]netip.Addr) (map[netip.Addr]int, error) { return nil, nil },

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"time"
@@ -50,7 +51,11 @@ func (n *netfilter) renew(ctx context.Context) error {
 	n.renewing = false
 	n.took = max(n.took, time.Since(start)) // a table may be long
 	if ended > 0 {
-		n.log.Info("connections that had begun without rules ended, their next packet is a new one", "connections", ended)
+		level := slog.LevelInfo
+		if n.unrest.going {
+			level = slog.LevelDebug
+		}
+		n.log.Log(ctx, level, "connections that had begun without rules ended, their next packet is a new one", "connections", ended)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -105,7 +106,11 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 			return err
 		}
 		sets.stepped()
-		t.log.Info("iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
+		level := slog.LevelInfo
+		if t.changed != "" { // the caller tells, and may have to do so all the time
+			level = slog.LevelDebug
+		}
+		t.log.Log(ctx, level, "iptables: rules written", "family", f.String(), "backend", string(t.backend), "took", time.Since(start))
 	}
 	if err := sets.finish(f); err != nil {
 		return err
