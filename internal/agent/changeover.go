@@ -76,7 +76,8 @@ func (c *changeover) Apply(ctx context.Context, p *policy.Policy) error {
 }
 
 // reachable tells which of netfilter's connections programs can go on with: those whose
-// address is one that mappings may have.
+// address is one that mappings may have. The node's own are no mappings, whatever port a rule or
+// a clash gave them.
 func reachable(in policy.Input) func(conntrack.Flow) bool {
 	addrs := make(map[netip.Addr]bool)
 	for _, d := range in.Devices {
@@ -85,7 +86,9 @@ func reachable(in policy.Input) func(conntrack.Flow) bool {
 	for _, r := range in.RouteSources {
 		addrs[r.Source] = true
 	}
-	return func(f conntrack.Flow) bool { return addrs[f.Xlate.Addr()] }
+	return func(f conntrack.Flow) bool {
+		return addrs[f.Xlate.Addr()] && !slices.Contains(in.HostAddrs, f.Src.Addr())
+	}
 }
 
 func (c *changeover) SetTunnels(list []datapath.Tunnel) error {

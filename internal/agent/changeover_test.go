@@ -3,12 +3,15 @@ package agent
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"bauta.dev/bauta/internal/conntrack"
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/policy"
 )
 
 // fakeOld is an old side with connections that end by and by.
@@ -177,5 +180,17 @@ func TestReleased(t *testing.T) {
 	}
 	if len(n.entries) != switchFlows-2 {
 		t.Errorf("%d entries of connections that were moved", len(n.entries))
+	}
+}
+
+// With every source a candidate, connections of the node are still no mappings.
+func TestReachable(t *testing.T) {
+	node := netip.MustParseAddr("192.0.2.1")
+	in := policy.Input{HostAddrs: []netip.Addr{node}, Devices: []policy.Device{{Name: "eth0", Index: 2, IPv4: node}}}
+	for src, want := range map[string]bool{"10.0.1.5:40000": true, "192.0.2.1:40000": false} {
+		f := conntrack.Flow{Proto: 6, Src: netip.MustParseAddrPort(src), Xlate: netip.AddrPortFrom(node, 1024)}
+		if got := reachable(in)(f); got != want {
+			t.Errorf("%s: %v, want %v", src, got, want)
+		}
 	}
 }
