@@ -96,14 +96,22 @@ func movable(f conntrack.Flow) bool {
 	return f.Zone == 0 && f.Helper == "" && !f.Expected && !f.SeqAdjust && f.ICMPType == 0 && f.ICMPCode == 0
 }
 
-// list reads netfilter's connections of pods, by whom they are between.
-func (s *modeSwitch) list(ctx context.Context, translated bool) (map[flowKey]conntrack.Flow, error) {
-	flows, err := s.tracked.List(ctx, conntrack.Filter{Sources: s.sources, Translated: translated, AnyZone: true})
+// known are netfilter's connections of pods, by whom they are between. Where several zones
+// have the same, it is that of zone 0: no other can be moved.
+func (s *modeSwitch) known(ctx context.Context) (map[flowKey]conntrack.Flow, error) {
+	flows, err := s.tracked.List(ctx, conntrack.Filter{Sources: s.sources, AnyZone: true})
 	out := make(map[flowKey]conntrack.Flow, len(flows))
 	for _, f := range flows {
-		out[keyOfTracked(f)] = f
+		if key := keyOfTracked(f); f.Zone == 0 || out[key].Zone != 0 || !out[key].Src.IsValid() {
+			out[key] = f
+		}
 	}
 	return out, err
+}
+
+// translated are those that netfilter translates, of all zones.
+func (s *modeSwitch) translated(ctx context.Context) ([]conntrack.Flow, error) {
+	return s.tracked.List(ctx, conntrack.Filter{Sources: s.sources, Translated: true, AnyZone: true})
 }
 
 // toRules gives the connections of the programs to netfilter. When nothing is left, or
@@ -191,7 +199,7 @@ func (s *modeSwitch) track(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	known, err := s.list(ctx, false)
+	known, err := s.known(ctx)
 	if err != nil {
 		return err
 	}
@@ -226,7 +234,7 @@ func (s *modeSwitch) release(ctx context.Context, flows []datapath.Flow) error {
 	if len(flows) == 0 {
 		return nil
 	}
-	known, err := s.list(ctx, false)
+	known, err := s.known(ctx)
 	if err != nil {
 		return err
 	}
@@ -273,7 +281,7 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	known, err := s.list(ctx, false)
+	known, err := s.known(ctx)
 	if err != nil {
 		return 0, err
 	}

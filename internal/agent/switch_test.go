@@ -27,6 +27,7 @@ type fakeNode struct {
 
 	talking []datapath.Flow // connections there are, as the remote knows them
 	refuse  map[flowKey]bool
+	other   []conntrack.Flow // entries of another zone
 	steps   int
 	crash   int            // before this step; 0: never
 	packet  func(step int) // comes between two steps
@@ -181,7 +182,7 @@ func (n *fakeNode) List(_ context.Context, f conntrack.Filter) (out []conntrack.
 			out = append(out, c)
 		}
 	}
-	return out, n.step()
+	return append(out, n.other...), n.step()
 }
 
 func (n *fakeNode) Create(_ context.Context, flows []conntrack.Flow) (int, error) {
@@ -473,4 +474,19 @@ func TestSwitchKeepsService(t *testing.T) {
 	if c := n.entries[keyOf(f)]; c.Dst != service || c.Remote != f.Dst || c.Xlate != f.Src || c.Mark != 7 {
 		t.Errorf("%+v", c)
 	}
+}
+
+// A connection of another zone between the same two does not hide that of zone 0.
+func TestSwitchWithZones(t *testing.T) {
+	n := onPrograms(t, true)
+	for i := range switchFlows {
+		c := plain(described(talking(i), conntrack.Flow{}))
+		c.Zone = 7
+		n.other = append(n.other, c)
+	}
+	out, err := n.modeSwitch().toRules(t.Context())
+	if err != nil || out != (switched{Moved: switchFlows}) {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	n.isOnRules()
 }

@@ -52,7 +52,7 @@ func (s *modeSwitch) toPrograms(ctx context.Context) (out switched, err error) {
 
 // left are the connections that netfilter still translates for pods.
 func (s *modeSwitch) left(ctx context.Context) (list []conntrack.Flow, err error) {
-	translated, err := s.list(ctx, true)
+	translated, err := s.translated(ctx)
 	for _, c := range translated {
 		if c.SNAT && (s.wants(c) || s.stays != nil && s.stays(c)) {
 			list = append(list, c)
@@ -68,7 +68,7 @@ func (s *modeSwitch) finish() error { return s.maps.SetHandover(false) }
 
 // reserve imports what netfilter translates, as netfilter's.
 func (s *modeSwitch) reserve(ctx context.Context) error {
-	translated, err := s.list(ctx, true)
+	translated, err := s.translated(ctx)
 	if err != nil {
 		return err
 	}
@@ -98,7 +98,7 @@ func (s *modeSwitch) passToPrograms(ctx context.Context) (moved int, err error) 
 	if err != nil {
 		return 0, err
 	}
-	known, err := s.list(ctx, false)
+	known, err := s.known(ctx)
 	if err != nil {
 		return 0, err
 	}
