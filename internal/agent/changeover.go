@@ -69,6 +69,9 @@ func (c *changeover) Apply(ctx context.Context, p *policy.Policy) error {
 		message = "connections taken over"
 	}
 	c.log.Info(message, "from", c.old.mode(), "moved", result.Moved, "draining", result.Left, "took", time.Since(start))
+	if result.Stuck > 0 {
+		c.log.Warn("SCTP associations can't be moved, as netfilter has not seen their handshake: their packets are dropped until they begin anew", "associations", result.Stuck)
+	}
 	if c.renew != nil {
 		return c.renew(ctx)
 	}
@@ -330,7 +333,14 @@ func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) 
 		rules: steps{rules.rules.Drain, func(ctx context.Context) error { return rules.write(ctx, c.policy) }},
 	}
 	old := &oldPrograms{programs: programs, root: root, moving: c.moving}
-	c.old, c.move, c.renew = old, c.moving.toRules, rules.renew
+	c.old, c.renew = old, rules.renew
+	c.move = func(ctx context.Context) (switched, error) {
+		out, err := c.moving.toRules(ctx)
+		if err == nil {
+			out.Stuck, err = c.moving.stuckSCTP(ctx)
+		}
+		return out, err
+	}
 	rules.renewing, rules.spare = true, old.spared
 	return c, nil
 }

@@ -70,10 +70,10 @@ type modeSwitch struct {
 	kept    []netip.Addr // addresses of connections that stay
 }
 
-// switched is the result of a switch.
 type switched struct {
 	Moved int // connections
 	Left  int // that stay with the old side until they end
+	Stuck int // of these, associations of SCTP that the rules drop
 }
 
 const (

@@ -490,3 +490,19 @@ func TestSwitchWithZones(t *testing.T) {
 	}
 	n.isOnRules()
 }
+
+// Associations that netfilter knows nothing of are told; those that it follows are not.
+func TestSwitchTellsOfSCTP(t *testing.T) {
+	n := onPrograms(t, false)
+	for i, proto := range []uint8{unix.IPPROTO_SCTP, unix.IPPROTO_SCTP, unix.IPPROTO_TCP} {
+		f := talking(900 + i)
+		f.Proto = proto
+		n.mappings[keyOf(f)] = f
+		if i == 0 {
+			n.entries[keyOf(f)] = plain(described(f, conntrack.Flow{}))
+		}
+	}
+	if stuck, err := n.modeSwitch().stuckSCTP(t.Context()); err != nil || stuck != 1 {
+		t.Errorf("%d stuck, want 1; %v", stuck, err)
+	}
+}
