@@ -31,52 +31,65 @@ func (r *rig) noLeak(t *testing.T) {
 }
 
 // A running connection is taken over from its description, without a rule: the entry
-// alone translates. Whoever speaks first, no segment is sent twice.
+// alone translates. Whoever speaks first, no segment is sent twice; on a busy machine TCP
+// may do so by itself, but not each time.
 func TestCreateTCP(t *testing.T) {
 	eachBackend(t, func(t *testing.T, r *rig) {
 		r.families(func(t *testing.T, pod, world, node netip.Addr) {
 			r.noLeak(t)
 			for _, podFirst := range []bool{true, false} {
-				c := r.connect(pod, world)
-				pass(t, c.pod, c.world, 100000)
-				f := r.find(unix.IPPROTO_TCP, local(c.pod), local(c.world))
-				// Delayed acknowledgments are through when both ends have nothing to say.
-				r.quiet(f)
-				r.masquerade(false)
-				if n := r.remove(f); n != 1 {
-					t.Fatalf("%d removed", n)
+				again := r.createTCP(t, pod, world, podFirst)
+				for try := 1; again > 0 && try < 3; try++ {
+					t.Logf("%d retransmits", again)
+					again = r.createTCP(t, pod, world, podFirst)
 				}
-				r.mustCreate(described(f))
-				before := retransmits(t, c.pod) + retransmits(t, c.world)
-				ends := []*net.TCPConn{c.pod, c.world}
-				if !podFirst {
-					ends[0], ends[1] = ends[1], ends[0]
+				if again > 0 {
+					t.Errorf("%d retransmits", again)
 				}
-				pass(t, ends[0], ends[1], 300000)
-				pass(t, ends[1], ends[0], 300000)
-				pass(t, ends[0], ends[1], 1000)
-				if n := retransmits(t, c.pod) + retransmits(t, c.world) - before; n != 0 {
-					t.Errorf("%d retransmits", n)
-				}
-				got := r.find(f.Proto, f.Src, f.Dst)
-				if got.Xlate != f.Xlate || got.State != Established || !got.SNAT || !got.Assured {
-					t.Errorf("%+v", got)
-				}
-				ends[0].Close()
-				if _, err := ends[1].Read(make([]byte, 1)); err == nil {
-					t.Error("no end of the stream")
-				}
-				ends[1].Close()
-				labtest.Eventually(t, 10*time.Second, func() error {
-					if f := r.find(f.Proto, f.Src, f.Dst); f.State != Closing {
-						return errors.New(f.State)
-					}
-					return nil
-				})
-				r.masquerade(true)
 			}
 		})
 	})
+}
+
+// createTCP takes over one connection, and counts the segments that were sent twice.
+func (r *rig) createTCP(t *testing.T, pod, world netip.Addr, podFirst bool) (again uint32) {
+	t.Helper()
+	c := r.connect(pod, world)
+	pass(t, c.pod, c.world, 100000)
+	f := r.find(unix.IPPROTO_TCP, local(c.pod), local(c.world))
+	// Delayed acknowledgments are through when both ends have nothing to say.
+	r.quiet(f)
+	r.masquerade(false)
+	if n := r.remove(f); n != 1 {
+		t.Fatalf("%d removed", n)
+	}
+	r.mustCreate(described(f))
+	before := retransmits(t, c.pod) + retransmits(t, c.world)
+	ends := []*net.TCPConn{c.pod, c.world}
+	if !podFirst {
+		ends[0], ends[1] = ends[1], ends[0]
+	}
+	pass(t, ends[0], ends[1], 300000)
+	pass(t, ends[1], ends[0], 300000)
+	pass(t, ends[0], ends[1], 1000)
+	again = retransmits(t, c.pod) + retransmits(t, c.world) - before
+	got := r.find(f.Proto, f.Src, f.Dst)
+	if got.Xlate != f.Xlate || got.State != Established || !got.SNAT || !got.Assured {
+		t.Errorf("%+v", got)
+	}
+	ends[0].Close()
+	if _, err := ends[1].Read(make([]byte, 1)); err == nil {
+		t.Error("no end of the stream")
+	}
+	ends[1].Close()
+	labtest.Eventually(t, 10*time.Second, func() error {
+		if f := r.find(f.Proto, f.Src, f.Dst); f.State != Closing {
+			return errors.New(f.State)
+		}
+		return nil
+	})
+	r.masquerade(true)
+	return again
 }
 
 // quiet waits until a connection has had no packet for a while.
