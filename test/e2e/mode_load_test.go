@@ -113,6 +113,7 @@ func TestModeChangeKilled(t *testing.T) {
 // What can't be moved from the programs drains there: a connection of the node that met a mapping, and
 // that mapping, which to netfilter were one.
 func TestModeChangeDrainsPrograms(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
 	n.env = append(n.env, n.lockFile())

@@ -87,6 +87,7 @@ func TestIPTablesModeRenews(t *testing.T) {
 // What netfilter knows from before a change of the mode, and the programs no longer have, is
 // translated afterwards; what drains with them goes on.
 func TestModeChangeRenews(t *testing.T) {
+	setsModes(t)
 	t.Parallel()
 	n := newNode(t, lab.Options{})
 	n.env = append(n.env, n.lockFile())

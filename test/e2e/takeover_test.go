@@ -138,6 +138,7 @@ func (n *node) dryRun(connections int, before string, args ...string) {
 // A node that another program masquerades is taken over under load, in either mode: no connection
 // breaks, the rules that were named are gone, and no others.
 func TestTakeOver(t *testing.T) {
+	setsModes(t)
 	for _, mode := range changes {
 		t.Run(mode.mode, func(t *testing.T) {
 			eachForeign(t, func(t *testing.T, n *node, f foreignSetup) {
@@ -186,6 +187,7 @@ func TestTakeOver(t *testing.T) {
 
 // An agent that runs beside another program's rules takes them over at a restart, which may change the mode too.
 func TestTakeOverLater(t *testing.T) {
+	setsModes(t)
 	for _, from := range changes {
 		for _, to := range changes {
 			t.Run(from.mode+" to "+to.mode, func(t *testing.T) {
