@@ -1,9 +1,11 @@
 package e2e_test
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"bauta.dev/bauta/internal/lab"
@@ -62,13 +64,22 @@ func TestIPTablesModeRenews(t *testing.T) {
 		}
 
 		var leaking *net.UDPConn
+		mark := 0
 		for port := uint16(40001); ; port++ { // the agent may be quicker
+			mark = n.log.Len()
 			n.tables("iptables-"+backend, "-t", "nat", "-F")
 			leaking = n.datagrams(port, echo)
 			if n.seen(leaking) == pod {
 				break
 			}
 		}
+		// Quietly: an answer that comes when its flow has just been ended is a connection opened from outside.
+		labtest.Eventually(t, patience, func() error {
+			if !strings.Contains(n.log.String()[mark:], "begun without rules ended") {
+				return errors.New("no connection was ended")
+			}
+			return nil
+		})
 		n.awaitSeen(leaking, own)
 		n.awaitSeen(excluded, own)
 
