@@ -167,7 +167,7 @@ func (l *loop) openPrograms(ctx context.Context, root string, log *slog.Logger) 
 	if err != nil && !isNone(err) {
 		return fmt.Errorf("look for iptables mode: %w", err)
 	}
-	kernel, openErr := datapath.Open(datapath.Options{
+	kernel, openErr := openDatapath(datapath.Options{
 		Root: root, Flows: l.cfg.MaxFlows, DefaultFlows: l.cfg.Flows(memory()),
 		AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Sentinel: l.cfg.LeakSentinel, Log: log,
 	})

@@ -304,7 +304,7 @@ func (s steps) Start(ctx context.Context) error { return s.start(ctx) }
 
 // replacePrograms makes rules take the place of the programs below root.
 func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) (*changeover, error) {
-	programs, err := datapath.Open(datapath.Options{Root: root, DefaultFlows: l.cfg.Flows(memory()), AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Log: log})
+	programs, err := openDatapath(datapath.Options{Root: root, DefaultFlows: l.cfg.Flows(memory()), AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Log: log})
 	if err != nil {
 		return nil, &Error{fmt.Errorf("take over from eBPF mode: %w", err),
 			[]string{"or `bauta cleanup` removes what eBPF mode left, and with it running connections"}}

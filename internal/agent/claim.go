@@ -37,7 +37,12 @@ func claimRulesIn(dir string) (io.Closer, error) {
 	}
 	path := filepath.Join(dir, fmt.Sprintf("iptables-%d.lock", ns.Ino))
 	for {
-		c, err := lockFile(path)
+		var c *claim
+		var err error
+		linger(func() bool {
+			c, err = lockFile(path)
+			return errors.Is(err, unix.EWOULDBLOCK)
+		})
 		switch {
 		case errors.Is(err, errGone): // its owner has just ended
 			continue

@@ -14,6 +14,15 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
+// openDatapath opens the data plane, which a killed agent may hold for a moment yet.
+func openDatapath(opt datapath.Options) (d *datapath.Datapath, err error) {
+	linger(func() bool {
+		d, err = datapath.Open(opt)
+		return errors.Is(err, datapath.ErrBusy)
+	})
+	return d, err
+}
+
 const reservedPortsPath = "/proc/sys/net/ipv4/ip_local_reserved_ports"
 
 // reservedPorts reads ip_local_reserved_ports of the calling thread's network

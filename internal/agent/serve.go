@@ -58,10 +58,16 @@ func vacant(runDir string) error {
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("socket %s: something else is there", path)
 	}
-	conn, err := net.DialTimeout("unix", path, dialTimeout)
+	var err error
+	linger(func() bool {
+		var conn net.Conn
+		if conn, err = net.DialTimeout("unix", path, dialTimeout); err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
 	switch {
 	case err == nil:
-		conn.Close()
 		return &Error{fmt.Errorf("socket %s: another agent is running", path),
 			[]string{"stop it first, or give this one a --bpf-root and --run-dir of its own"}}
 	case errors.Is(err, syscall.EINVAL):
@@ -71,6 +77,19 @@ func vacant(runDir string) error {
 		return fmt.Errorf("run-dir %s: %w", runDir, err)
 	}
 	return nil
+}
+
+// linger asks again for half a second whether something is in use. A program that an agent was just
+// starting when it was killed holds its sockets and locks for a moment, from fork to exec.
+func linger(inUse func() bool) {
+	const pause, tries = 100 * time.Millisecond, 5
+	for range tries {
+		if !inUse() {
+			return
+		}
+		time.Sleep(pause)
+	}
+	inUse()
 }
 
 // listen makes the socket. It is born under another name and renamed, so that it
