@@ -41,7 +41,7 @@ var fences = []fence{
 
 // levels is the order of packages: each imports those of lower levels only.
 var levels = map[string]int{
-	"policy": 0, "filewatch": 0, "lab": 0, "lab/packet": 0,
+	"advice": 0, "policy": 0, "filewatch": 0, "lab": 0, "lab/packet": 0,
 	"policy/policytest": 1, "config": 1, "conntrack": 1, "ipmasq": 1, "devices": 1, "datapath": 1, "iptables": 1, "lab/labtest": 1,
 	"agent": 2, "demo": 2,
 	"cli": 3,

@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/devices"
@@ -49,15 +50,8 @@ type Options struct {
 	Log           *slog.Logger    // zero: no log
 }
 
-// Error is an error with remedies. The command line prints "error: ERR", then
-// "hint: HINT" lines.
-type Error struct {
-	Err   error
-	Hints []string
-}
-
-func (e *Error) Error() string { return e.Err.Error() }
-func (e *Error) Unwrap() error { return e.Err }
+// Error is an error with remedies.
+type Error = advice.Error
 
 // Run runs the agent until ctx is done, then returns nil. The data plane stays.
 func Run(ctx context.Context, opt Options) (err error) {
@@ -260,8 +254,7 @@ func (l *loop) status() func() (Status, error) {
 // supported refuses options that this release has no code for: none is silently ignored.
 func supported(cfg config.Config) error {
 	if cfg.K8s {
-		return &Error{errors.New("enable-k8s: not in this release"),
-			[]string{"give the pod range of this node with pod-cidrs, and other nodes with nodes-file"}}
+		return advice.New(errors.New("enable-k8s: not in this release"), "give the pod range of this node with pod-cidrs, and other nodes with nodes-file")
 	}
 	return nil
 }

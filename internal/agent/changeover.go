@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/conntrack"
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/iptables"
@@ -306,8 +307,7 @@ func (s steps) Start(ctx context.Context) error { return s.start(ctx) }
 func (l *loop) replacePrograms(rules *netfilter, root string, log *slog.Logger) (*changeover, error) {
 	programs, err := openDatapath(datapath.Options{Root: root, DefaultFlows: l.cfg.Flows(memory()), AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Log: log})
 	if err != nil {
-		return nil, &Error{fmt.Errorf("take over from eBPF mode: %w", err),
-			[]string{"or `bauta cleanup` removes what eBPF mode left, and with it running connections"}}
+		return nil, advice.New(fmt.Errorf("take over from eBPF mode: %w", err), "or `bauta cleanup` removes what eBPF mode left, and with it running connections")
 	}
 	c := &changeover{backend: rules, timeout: l.cfg.DrainTimeout, log: l.log}
 	c.moving = &modeSwitch{

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // netnsPath is the network namespace of the calling thread.
@@ -47,7 +49,7 @@ func claimRulesIn(dir string) (io.Closer, error) {
 		case errors.Is(err, errGone): // its owner has just ended
 			continue
 		case errors.Is(err, unix.EWOULDBLOCK):
-			return nil, &Error{ErrBusy, []string{"stop it first: rules have one owner"}}
+			return nil, advice.New(ErrBusy, "stop it first: rules have one owner")
 		case err != nil:
 			return nil, fmt.Errorf("iptables: own the rules: %w", err)
 		}
@@ -74,7 +76,7 @@ func lockFile(path string) (_ *claim, err error) {
 		return nil, err
 	}
 	if !private(info) {
-		return nil, &Error{fmt.Errorf("directory %s: other users can write to it", dir), []string{"chmod 700 " + dir}}
+		return nil, advice.New(fmt.Errorf("directory %s: other users can write to it", dir), "chmod 700 "+dir)
 	}
 	if c.file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); errors.Is(err, fs.ErrNotExist) {
 		return nil, errGone // the directory

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"time"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // ErrNothing says that there is neither an agent nor a data plane.
@@ -29,7 +31,7 @@ func readStatus(runDir string, inspect func() (inspector, error)) (Status, error
 	case err == nil:
 		return s, nil
 	case errors.Is(err, fs.ErrPermission):
-		return Status{}, &Error{err, []string{"run it as root"}}
+		return Status{}, advice.New(err, "run it as root")
 	}
 	s, offErr := offline(runDir, inspect)
 	switch {

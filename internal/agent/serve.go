@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 const (
@@ -38,8 +40,8 @@ func prepareRunDir(dir string) error {
 		return fmt.Errorf("run-dir: %w", err)
 	}
 	if !private(info) {
-		return &Error{fmt.Errorf("run-dir %s: other users can write to it", dir),
-			[]string{"give --run-dir a directory of its own, for example " + DefaultRunDir, "chmod 700 " + dir}}
+		return advice.New(fmt.Errorf("run-dir %s: other users can write to it", dir),
+			"give --run-dir a directory of its own, for example "+DefaultRunDir, "chmod 700 "+dir)
 	}
 	return nil
 }
@@ -68,10 +70,9 @@ func vacant(runDir string) error {
 	})
 	switch {
 	case err == nil:
-		return &Error{fmt.Errorf("socket %s: another agent is running", path),
-			[]string{"stop it first, or give this one a --bpf-root and --run-dir of its own"}}
+		return advice.New(fmt.Errorf("socket %s: another agent is running", path), "stop it first, or give this one a --bpf-root and --run-dir of its own")
 	case errors.Is(err, syscall.EINVAL):
-		return &Error{fmt.Errorf("socket %s: the path is too long", path), []string{"give --run-dir a path of at most 90 letters"}}
+		return advice.New(fmt.Errorf("socket %s: the path is too long", path), "give --run-dir a path of at most 90 letters")
 	}
 	if err := unix.Access(runDir, unix.W_OK|unix.X_OK); err != nil {
 		return fmt.Errorf("run-dir %s: %w", runDir, err)
@@ -105,7 +106,7 @@ func listen(runDir string) (net.Listener, error) {
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
 	if errors.Is(err, syscall.EINVAL) { // tmp is longer by four letters
-		return nil, &Error{fmt.Errorf("socket %s: the path is too long", path), []string{"give --run-dir a path of at most 90 letters"}}
+		return nil, advice.New(fmt.Errorf("socket %s: the path is too long", path), "give --run-dir a path of at most 90 letters")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("socket: %w", err)

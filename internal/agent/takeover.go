@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/conntrack"
 	"bauta.dev/bauta/internal/devices"
@@ -75,7 +76,7 @@ func (t *takeOver) others(ctx context.Context) []iptables.ForeignRule {
 
 // refused is an error that says what could be named instead.
 func (t *takeOver) refused(ctx context.Context, err error) error {
-	out := &Error{Err: fmt.Errorf("take-over: %w", err)}
+	out := &advice.Error{Err: fmt.Errorf("take-over: %w", err)}
 	list := t.others(ctx)
 	for _, r := range list[:min(len(list), maxForeign)] {
 		out.Hints = append(out.Hints, "this masquerades the source ranges, and can be named so: "+foreignText(r))

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/datapath"
 )
@@ -66,9 +67,9 @@ func checkBPFRoot(root string) error {
 	}
 	switch {
 	case fsInfo.Type != unix.BPF_FS_MAGIC:
-		return hint(fmt.Errorf("bpf-root %s: not on a bpffs, so it can't hold a data plane", root), "give the --bpf-root of the agent")
+		return advice.New(fmt.Errorf("bpf-root %s: not on a bpffs, so it can't hold a data plane", root), "give the --bpf-root of the agent")
 	case dir.Dev != parent.Dev:
-		return hint(fmt.Errorf("bpf-root %s: a whole bpffs, which others use too", root), "give the --bpf-root of the agent, a directory in it")
+		return advice.New(fmt.Errorf("bpf-root %s: a whole bpffs, which others use too", root), "give the --bpf-root of the agent, a directory in it")
 	}
 	return nil
 }
@@ -80,10 +81,10 @@ func (a *app) withoutAgent(ctx context.Context, force bool) error {
 	case !running:
 		return nil
 	case !force:
-		return hint(fmt.Errorf("cleanup: an agent runs here (pid %d, run directory %s)", pid, a.runDir),
+		return advice.New(fmt.Errorf("cleanup: an agent runs here (pid %d, run directory %s)", pid, a.runDir),
 			fmt.Sprintf("stop it first: systemctl stop bauta, or kill %d", pid), "bauta cleanup --force ends it")
 	case pid == 0:
-		return hint(errors.New("cleanup: the agent runs in another PID namespace and can't be ended from here"), "stop its container")
+		return advice.New(errors.New("cleanup: the agent runs in another PID namespace and can't be ended from here"), "stop its container")
 	}
 	if err := a.printf("Ending the agent (pid %d)\n", pid); err != nil {
 		return err
@@ -198,7 +199,7 @@ func (a *app) removeRules(ctx context.Context) ([]string, error) {
 // held is the error about an agent elsewhere. It wraps nothing: the hints of what it stands
 // for are for a second agent.
 func (a *app) held(what string) error {
-	return hint(fmt.Errorf("cleanup: an agent holds %s", what),
+	return advice.New(fmt.Errorf("cleanup: an agent holds %s", what),
 		"it has another run directory than "+a.runDir+": give that with --run-dir, or stop the agent")
 }
 

@@ -16,10 +16,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"bauta.dev/bauta/internal/agent"
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/config"
-	"bauta.dev/bauta/internal/datapath"
-	"bauta.dev/bauta/internal/iptables"
 )
 
 // Exit statuses.
@@ -79,17 +77,6 @@ type usageError struct {
 
 func (e *usageError) Error() string { return e.msg }
 
-// hinted is an error with what to do about it.
-type hinted struct {
-	err   error
-	hints []string
-}
-
-func hint(err error, hints ...string) error { return &hinted{err, hints} }
-
-func (e *hinted) Error() string { return e.err.Error() }
-func (e *hinted) Unwrap() error { return e.err }
-
 func status(err error) int {
 	switch {
 	case err == nil:
@@ -120,22 +107,10 @@ func hints(err error) []string {
 	if e, ok := errors.AsType[*usageError](err); ok {
 		all = append(all, e.hints...)
 	}
-	if e, ok := errors.AsType[*hinted](err); ok {
-		all = append(all, e.hints...)
-	}
 	if e, ok := errors.AsType[*config.Error](err); ok {
 		all = append(all, e.Hints...)
 	}
-	if e, ok := errors.AsType[*agent.Error](err); ok {
-		all = append(all, e.Hints...)
-	}
-	if e, ok := errors.AsType[*datapath.Error](err); ok {
-		all = append(all, e.Hints...)
-	}
-	if e, ok := errors.AsType[*iptables.Error](err); ok {
-		all = append(all, e.Hints...)
-	}
-	return all
+	return append(all, advice.Of(err)...)
 }
 
 func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
@@ -164,5 +139,5 @@ func (a *app) requireRoot(c *cobra.Command, hints ...string) error {
 	if a.Root {
 		return nil
 	}
-	return hint(fmt.Errorf("%s: must run as root", strings.TrimPrefix(c.CommandPath(), "bauta ")), hints...)
+	return advice.New(fmt.Errorf("%s: must run as root", strings.TrimPrefix(c.CommandPath(), "bauta ")), hints...)
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/ipmasq"
 )
@@ -109,7 +110,7 @@ func (a *app) showVerdicts(f format, verdicts []verdict) error {
 
 func (v verdict) refuse(err error) verdict {
 	if !strings.Contains(err.Error(), v.Subject) && v.Kind != kindEffective {
-		err = &hinted{fmt.Errorf("%s: %w", v.Subject, err), nil}
+		err = fmt.Errorf("%s: %w", v.Subject, err)
 	}
 	v.Error, v.Hints, v.err = oneLine(err.Error()), hints(err), err
 	return v
@@ -146,7 +147,7 @@ func judgeIPMasq(v verdict, profile ipmasq.Profile) verdict {
 	}
 	v.Valid = refused == nil
 	if refused != nil {
-		return v.refuse(hint(refused, "the agent would keep its last good list; at its first start it would use the defaults"))
+		return v.refuse(advice.New(refused, "the agent would keep its last good list; at its first start it would use the defaults"))
 	}
 	return v
 }

@@ -11,6 +11,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/ipmasq"
 )
@@ -49,7 +50,7 @@ func detect(path string) (fileKind, error) {
 	}
 	keys := topKeys(data)
 	if slices.Contains(keys, "apiVersion") && slices.Contains(keys, "kind") {
-		return "", hint(errors.New("a Kubernetes object, not a configuration file"), "give the file that its data holds")
+		return "", advice.New(errors.New("a Kubernetes object, not a configuration file"), "give the file that its data holds")
 	}
 	return byKeys(keys, filepath.Base(path)), nil
 }

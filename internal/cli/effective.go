@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/ipmasq"
@@ -63,7 +64,7 @@ func effectivePolicy(cfg config.Config) (*effective, error) {
 	if cfg.IPMasqAgent {
 		list, err := ipmasq.Load(cfg.IPMasqAgentPath, ipmasq.Profile(cfg.IPMasqAgentProfile))
 		if err != nil {
-			return nil, hint(fmt.Errorf("ip-masq-agent-config-path: %w", err), "bauta config validate "+cfg.IPMasqAgentPath+" shows it by every profile")
+			return nil, advice.New(fmt.Errorf("ip-masq-agent-config-path: %w", err), "bauta config validate "+cfg.IPMasqAgentPath+" shows it by every profile")
 		}
 		e.IPMasqAgent, e.ipMasqPath = &list, cfg.IPMasqAgentPath
 		e.Warnings = append(e.Warnings, list.Warnings...)
@@ -86,7 +87,7 @@ func (e *effective) readNodes(path string) error {
 	defer f.Close()
 	nodes, err := config.ParseNodes(f, path)
 	if err != nil {
-		return hint(fmt.Errorf("nodes-file %w", err), "write a line for each address: ADDRESS [NODE [TYPE]]")
+		return advice.New(fmt.Errorf("nodes-file %w", err), "write a line for each address: ADDRESS [NODE [TYPE]]")
 	}
 	e.Nodes = append(e.Nodes, nodes...)
 	slices.SortStableFunc(e.Nodes, func(a, b policy.NodeAddr) int { return a.Addr.Compare(b.Addr) })

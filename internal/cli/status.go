@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/agent"
 )
 
@@ -39,15 +40,15 @@ data plane.`,
 }
 
 func (a *app) noStatus(err error) error {
-	var advice []string
+	var what []string
 	if !a.Root {
-		advice = append(advice, "only root can see an agent: try sudo bauta status")
+		what = append(what, "only root can see an agent: try sudo bauta status")
 	}
 	if errors.Is(err, agent.ErrNothing) && len(hints(err)) == 0 {
-		advice = append(advice, "bauta agent starts one",
+		what = append(what, "bauta agent starts one",
 			"if one runs with other directories, give them: --bpf-root DIR --run-dir DIR (now "+a.bpfRoot+" and "+a.runDir+")")
 	}
-	return hint(err, advice...)
+	return advice.New(err, what...)
 }
 
 func (a *app) showStatus(st agent.Status, f format, brief bool) error {

@@ -8,6 +8,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // Classic attachment, for kernels without tcx: a clsact qdisc, shared with
@@ -97,7 +99,7 @@ func checkQdisc(a *attachment) error {
 	if kind == "" {
 		return errors.New("the clsact qdisc was removed meanwhile")
 	}
-	return hint(fmt.Errorf("device %s has an %s qdisc, which has no place for egress filters (replace it by clsact)", a.name, kind),
+	return advice.New(fmt.Errorf("device %s has an %s qdisc, which has no place for egress filters (replace it by clsact)", a.name, kind),
 		fmt.Sprintf("its filters go with it, those for arriving packets fit into clsact as well: "+
 			"tc qdisc del dev %s %s && tc qdisc add dev %s clsact", a.name, kind, a.name))
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -46,9 +47,9 @@ func Inspect(root string) (*Inspector, error) {
 			i.Close()
 			switch {
 			case errors.Is(err, os.ErrNotExist):
-				return nil, hint(fmt.Errorf("%s: %w", root, ErrNone), "start it with `bauta agent`", "or name another --bpf-root")
+				return nil, advice.New(fmt.Errorf("%s: %w", root, ErrNone), "start it with `bauta agent`", "or name another --bpf-root")
 			case errors.Is(err, os.ErrPermission):
-				return nil, hint(fmt.Errorf("open %s: %w", filepath.Join(root, name), err), "run as root")
+				return nil, advice.New(fmt.Errorf("open %s: %w", filepath.Join(root, name), err), "run as root")
 			}
 			return nil, fmt.Errorf("open pinned table %s: %w", name, err)
 		}
@@ -89,7 +90,7 @@ func (i *Inspector) active() (generation uint32, ok bool, err error) {
 }
 
 func (i *Inspector) otherLayout(layout uint32) error {
-	return hint(fmt.Errorf("%s: layout %d, this version reads %d", i.root, layout, mapLayout), "use the bauta of the running agent")
+	return advice.New(fmt.Errorf("%s: layout %d, this version reads %d", i.root, layout, mapLayout), "use the bauta of the running agent")
 }
 
 // Applied tells whether a policy is in force.

@@ -12,6 +12,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // linkOn says where a pinned link is: attached to the device of that index in this
@@ -215,7 +217,7 @@ func (d *Datapath) findLinks() error {
 		for _, p := range moved {
 			p.Close()
 		}
-		return hint(fmt.Errorf("bpf-root %s: its programs are attached in another network namespace", d.opt.Root),
+		return advice.New(fmt.Errorf("bpf-root %s: its programs are attached in another network namespace", d.opt.Root),
 			"give the agent of each network namespace a --bpf-root and --run-dir of its own")
 	}
 	for _, p := range moved {

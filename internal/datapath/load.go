@@ -13,6 +13,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // noGeneration is control.active before the first apply.
@@ -28,16 +30,8 @@ const learnWindow = 5 * time.Minute
 // inboundShare of the flows is the size of the table of connections opened from outside.
 const inboundShare = 4
 
-// Error is an error with advice for the operator.
-type Error struct {
-	Err   error
-	Hints []string
-}
-
-func (e *Error) Error() string { return e.Err.Error() }
-func (e *Error) Unwrap() error { return e.Err }
-
-func hint(err error, hints ...string) error { return &Error{Err: err, Hints: hints} }
+// Error is an error with advice.
+type Error = advice.Error
 
 // ErrBusy says that another agent holds the root directory.
 var ErrBusy = errors.New("another agent is running")
@@ -189,11 +183,11 @@ func loadError(root string, err error) error {
 	case errors.Is(err, unix.EROFS):
 		return rootError(err)
 	case errors.Is(err, unix.EPERM):
-		return hint(fmt.Errorf("load the programs: %w", err), needPrivilege)
+		return advice.New(fmt.Errorf("load the programs: %w", err), needPrivilege)
 	case errors.Is(err, unix.ENOMEM):
-		return hint(fmt.Errorf("load the programs: %w", err), "lower bpf-nat-global-max")
+		return advice.New(fmt.Errorf("load the programs: %w", err), "lower bpf-nat-global-max")
 	}
-	return hint(fmt.Errorf("load the programs: %w", err), noEBPF)
+	return advice.New(fmt.Errorf("load the programs: %w", err), noEBPF)
 }
 
 const (
@@ -202,7 +196,7 @@ const (
 )
 
 func incompatible(err error) error {
-	return hint(err, "another version of Bauta made them, not the previous minor one; its data plane goes on working",
+	return advice.New(err, "another version of Bauta made them, not the previous minor one; its data plane goes on working",
 		"run the version that made them, upgrade one minor version at a time, or `bauta cleanup` first (running connections end)")
 }
 

@@ -8,6 +8,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // migrate moves the flows of the data plane in root into the new tables and puts the
@@ -98,7 +100,7 @@ func (d *Datapath) prepareMigration(devices []*attachment) error {
 func (d *Datapath) copyAll(to map[string]*ebpf.Map, p pass, names ...string) error {
 	err := d.old.copyTo(to, p, names...)
 	if isFull(err) {
-		return hint(fmt.Errorf("bpf-nat-global-max: %d flows are too few for the flows there are: %w", d.flows, err),
+		return advice.New(fmt.Errorf("bpf-nat-global-max: %d flows are too few for the flows there are: %w", d.flows, err),
 			"choose a larger one, or leave it out")
 	}
 	return err

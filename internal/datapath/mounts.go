@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 const bpffsHome = "/sys/fs/bpf"
@@ -104,14 +106,14 @@ func isBPFFS(path string) (bool, error) {
 func mountBPFFS(opt Options, t mountTable) error {
 	notMounted := fmt.Errorf("bpf-root %s: not on a bpffs", opt.Root)
 	if !strings.HasPrefix(filepath.Clean(opt.Root)+"/", bpffsHome+"/") {
-		return hint(notMounted, "choose a directory below "+bpffsHome, "or mount one: mount -t bpf bpf DIR")
+		return advice.New(notMounted, "choose a directory below "+bpffsHome, "or mount one: mount -t bpf bpf DIR")
 	}
 	if t.place != placeHost && !opt.AllowPrivateBPFFS {
-		return hint(notMounted, "mount it on the host (mount -t bpf bpf "+bpffsHome+") and into the container",
+		return advice.New(notMounted, "mount it on the host (mount -t bpf bpf "+bpffsHome+") and into the container",
 			"the agent mounts it only in the host's mount namespace")
 	}
 	if err := unix.Mount("bpf", bpffsHome, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-		return hint(fmt.Errorf("mount bpffs on %s: %w", bpffsHome, err), "as root: mount -t bpf bpf "+bpffsHome)
+		return advice.New(fmt.Errorf("mount bpffs on %s: %w", bpffsHome, err), "as root: mount -t bpf bpf "+bpffsHome)
 	}
 	opt.Log.Info("mounted bpffs", "path", bpffsHome)
 	return nil

@@ -9,6 +9,8 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // nextDir, below the root, holds the pins of a data plane that is about to take the
@@ -92,7 +94,7 @@ func (d *Datapath) resume(layout uint32, next string) error {
 		return err
 	}
 	if to != mapLayout {
-		return hint(fmt.Errorf("%s: a migration to tables of layout %d was interrupted, this version has %d", d.opt.Root, to, mapLayout),
+		return advice.New(fmt.Errorf("%s: a migration to tables of layout %d was interrupted, this version has %d", d.opt.Root, to, mapLayout),
 			"start the version that began it once; its data plane goes on working")
 	}
 	if d.flows, err = pinnedFlows(next); err != nil {
@@ -196,7 +198,7 @@ func (p *predecessor) fits(flows uint32) error {
 	if most <= int(flows) {
 		return nil
 	}
-	return hint(fmt.Errorf("bpf-nat-global-max: %d flows were asked for, but the tables need room for %d", flows, most),
+	return advice.New(fmt.Errorf("bpf-nat-global-max: %d flows were asked for, but the tables need room for %d", flows, most),
 		fmt.Sprintf("set bpf-nat-global-max to %d or more, or leave it out", 1<<bits.Len(uint(most-1))),
 		"the data plane that is there goes on working")
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // Feature is something that not every kernel from 5.10 on has.
@@ -82,9 +84,9 @@ const loopback = 1
 func Probe() (Features, error) {
 	if err := features.HaveProgramType(ebpf.SchedCLS); err != nil {
 		if errors.Is(err, os.ErrPermission) {
-			return 0, hint(fmt.Errorf("load a tc program: %w", err), needPrivilege)
+			return 0, advice.New(fmt.Errorf("load a tc program: %w", err), needPrivilege)
 		}
-		return 0, hint(fmt.Errorf("load a tc program: %w", err), noEBPF)
+		return 0, advice.New(fmt.Errorf("load a tc program: %w", err), noEBPF)
 	}
 	var set Features
 	for f, k := range kernelFeatures {

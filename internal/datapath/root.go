@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // prepareRoot makes opt.Root a directory of mode 0700 on a bpffs.
@@ -29,7 +31,7 @@ func prepareRoot(opt Options) error {
 			return err
 		}
 	case !opt.AllowPrivateBPFFS && mounts.private(parent):
-		return hint(fmt.Errorf("bpf-root %s: its bpffs belongs to a private mount namespace and would vanish with it", opt.Root),
+		return advice.New(fmt.Errorf("bpf-root %s: its bpffs belongs to a private mount namespace and would vanish with it", opt.Root),
 			"mount the host's "+bpffsHome+" into the container", "in a lab: set allow-private-bpffs")
 	}
 	if err := os.MkdirAll(opt.Root, 0o700); err != nil {
@@ -48,12 +50,12 @@ func rootError(err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.EROFS):
-		return hint(fmt.Errorf("bpf-root: %w", err), "remount the bpffs writable: mount -o remount,rw "+bpffsHome,
+		return advice.New(fmt.Errorf("bpf-root: %w", err), "remount the bpffs writable: mount -o remount,rw "+bpffsHome,
 			"in a container: the volume must not be readOnly")
 	case errors.Is(err, os.ErrPermission):
-		return hint(fmt.Errorf("bpf-root: %w", err), "run as root")
+		return advice.New(fmt.Errorf("bpf-root: %w", err), "run as root")
 	}
-	return hint(fmt.Errorf("bpf-root: %w", err), "--bpf-root must be a directory on a writable bpffs, for example "+bpffsHome+"/bauta")
+	return advice.New(fmt.Errorf("bpf-root: %w", err), "--bpf-root must be a directory on a writable bpffs, for example "+bpffsHome+"/bauta")
 }
 
 func existingParent(path string) (string, error) {
@@ -77,7 +79,7 @@ func lockRoot(root string) (*os.File, error) {
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		dir.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, hint(fmt.Errorf("lock %s: %w", root, ErrBusy),
+			return nil, advice.New(fmt.Errorf("lock %s: %w", root, ErrBusy),
 				"stop it first, or give this one a --bpf-root and --run-dir of its own")
 		}
 		return nil, fmt.Errorf("lock %s: %w", root, err)

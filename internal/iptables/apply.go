@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -74,7 +75,7 @@ func (t *Tables) applyFamily(ctx context.Context, rs Ruleset, on bool) error {
 		if !on {
 			return t.cleanOther(ctx, f)
 		}
-		return hint(fmt.Errorf("%s-%s: %w", f.binary(), t.backend, ErrNoBinary), "install it, or set enable-"+strings.ToLower(f.String())+"-masquerade=false")
+		return advice.New(fmt.Errorf("%s-%s: %w", f.binary(), t.backend, ErrNoBinary), "install it, or set enable-"+strings.ToLower(f.String())+"-masquerade=false")
 	}
 	now, err := prog.state(ctx, on)
 	if err != nil {
@@ -279,14 +280,7 @@ func (p program) state(ctx context.Context, wanted bool) (map[string]tableState,
 	return states, p.markDormant(states)
 }
 
-// familyError keeps hints.
-func familyError(f Family, err error) error {
-	var h *Error
-	if errors.As(err, &h) {
-		return &Error{Err: fmt.Errorf("%s: %w", f, err), Hints: h.Hints}
-	}
-	return fmt.Errorf("%s: %w", f, err)
-}
+func familyError(f Family, err error) error { return fmt.Errorf("%s: %w", f, err) }
 
 // cleanOther removes what an earlier run left in the other backend: it would translate too.
 func (t *Tables) cleanOther(ctx context.Context, f Family) error {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -37,5 +38,5 @@ func usable(devices []policy.Device) (good []policy.Device, err error) {
 	if len(odd) == 0 {
 		return good, nil
 	}
-	return good, hint(errors.New(strings.Join(odd, "; ")), "packets leave by it with pods' addresses: rename the device, or say that this is wanted: devices=!NAME")
+	return good, advice.New(errors.New(strings.Join(odd, "; ")), "packets leave by it with pods' addresses: rename the device, or say that this is wanted: devices=!NAME")
 }

@@ -25,6 +25,8 @@ import (
 	"errors"
 	"log/slog"
 	"time"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // Backend is the half of the kernel that holds the rules: they don't see each other.
@@ -77,13 +79,5 @@ type partly struct{ error }
 func (e partly) Is(target error) bool { return target == ErrPartly }
 func (e partly) Unwrap() error        { return e.error }
 
-// Error is an error with advice for users.
-type Error struct {
-	Err   error
-	Hints []string
-}
-
-func (e *Error) Error() string { return e.Err.Error() }
-func (e *Error) Unwrap() error { return e.Err }
-
-func hint(err error, hints ...string) error { return &Error{Err: err, Hints: hints} }
+// Error is an error with advice.
+type Error = advice.Error

@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // A table of nft that is dormant holds its rules, and iptables lists them, but the kernel
@@ -44,7 +46,7 @@ func (p program) wake(table string) error {
 	}
 	if err := setTableFlags(p.family, table, flags&^unix.NFT_TABLE_F_DORMANT); err != nil {
 		family := map[Family]string{IPv4: "ip", IPv6: "ip6"}[p.family]
-		return hint(fmt.Errorf("table %s: dormant, and not to be woken: %w", table, err),
+		return advice.New(fmt.Errorf("table %s: dormant, and not to be woken: %w", table, err),
 			fmt.Sprintf("`nft add table %s %s` wakes it; its owner may be the only one who can", family, table))
 	}
 	return nil

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // A table of the nft backend with a native rule that iptables can't show is not listed at
@@ -25,7 +27,7 @@ func (p program) states(ctx context.Context, out string) (map[string]tableState,
 		s, err := p.readHidden(ctx, name)
 		if err != nil {
 			family := map[Family]string{IPv4: "ip", IPv6: "ip6"}[p.family]
-			return nil, hint(fmt.Errorf("table %s: %w: %w", name, errHidden, err), "a program added native nft rules to this table of iptables, "+
+			return nil, advice.New(fmt.Errorf("table %s: %w: %w", name, errHidden, err), "a program added native nft rules to this table of iptables, "+
 				"`nft list table "+family+" "+name+"` shows them: it should have a table of its own")
 		}
 		states[name] = s

@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // lockFile is what all programs of iptables-legacy lock while they change rules.
@@ -26,7 +28,7 @@ func (o Options) lockError(name string) error {
 	if holder := lockHolder(lockFile); holder != "" {
 		err = fmt.Errorf("%s: %w (%s)", name, ErrLocked, holder)
 	}
-	return hint(err, "it is tried again; `lslocks` shows who holds "+lockFile, "raise iptables-lock-timeout if others need long")
+	return advice.New(err, "it is tried again; `lslocks` shows who holds "+lockFile, "raise iptables-lock-timeout if others need long")
 }
 
 // lockHolder names the process that holds a lock on path, as far as /proc tells.

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // program is the pair of binaries for a backend and a family, by absolute paths.
@@ -102,7 +104,7 @@ func hangs(ctx context.Context, what string) error {
 	case !errors.Is(cause, errHangs): // a limit of the caller's
 		cause = fmt.Errorf("%w in time: %w", errHangs, cause)
 	}
-	return hint(fmt.Errorf("%s: %w", what, cause), "a program of iptables hangs, or its machine is overloaded: `ps -ef | grep tables` shows it",
+	return advice.New(fmt.Errorf("%s: %w", what, cause), "a program of iptables hangs, or its machine is overloaded: `ps -ef | grep tables` shows it",
 		"the rules in the kernel stay in force meanwhile")
 }
 
@@ -197,10 +199,10 @@ func (o Options) explain(name string, err error, stderr, script string) error {
 	out := fmt.Errorf("%s: %s: %w", name, what, err)
 	switch {
 	case strings.Contains(stderr, "Permission denied"), strings.Contains(stderr, "you must be root"):
-		return hint(out, "run it as root, with CAP_NET_ADMIN and CAP_NET_RAW")
+		return advice.New(out, "run it as root, with CAP_NET_ADMIN and CAP_NET_RAW")
 	case strings.Contains(stderr, "can't initialize"), strings.Contains(stderr, "Cannot initialize"), strings.Contains(stderr, "Table does not exist"),
 		strings.Contains(stderr, "initialize nft:"), strings.Contains(stderr, "ADD failed (No such file or directory)"), strings.Contains(stderr, "ADD failed (Operation not supported)"):
-		return hint(fmt.Errorf("%w: %w", errNoTable, out), "the kernel lacks this table, or its module is not loaded (iptable_nat, ip6table_nat, nft_chain_nat)")
+		return advice.New(fmt.Errorf("%w: %w", errNoTable, out), "the kernel lacks this table, or its module is not loaded (iptable_nat, ip6table_nat, nft_chain_nat)")
 	}
 	return out
 }

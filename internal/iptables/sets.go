@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -88,7 +89,7 @@ func compareSet(f Family, s Set) (d difference, err error) {
 		return d, err
 	}
 	if exists && (now.typ != setType || now.family != f.netlink()) {
-		return d, hint(fmt.Errorf("set %s: another program's, of type %s where %s is needed", s.Name, now.typ, setType),
+		return d, advice.New(fmt.Errorf("set %s: another program's, of type %s where %s is needed", s.Name, now.typ, setType),
 			fmt.Sprintf("rename or destroy it: ipset rename %s OTHER", s.Name))
 	}
 	d = difference{Set: s, exists: exists, right: exists && now.holds(s.Prefixes), plain: now.strange == 0}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -65,7 +66,7 @@ func Open(ctx context.Context, o Options) (*Tables, error) {
 }
 
 func noBinary(backend string) error {
-	return hint(fmt.Errorf("iptables-%s: %w", backend, ErrNoBinary),
+	return advice.New(fmt.Errorf("iptables-%s: %w", backend, ErrNoBinary),
 		"install the package iptables (1.8 or newer)", "or use eBPF mode: enable-bpf-masquerade=true")
 }
 
