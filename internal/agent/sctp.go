@@ -11,11 +11,7 @@ import (
 // to it: it takes their packets for invalid ones, which the rules drop. To let them pass would need rules
 // that outlive what translates them, if the agent ends.
 func (s *modeSwitch) stuckSCTP(ctx context.Context) (stuck int, err error) {
-	flows, err := s.maps.Flows(ctx)
-	if err != nil {
-		return 0, err
-	}
-	known, err := s.known(ctx)
+	flows, known, err := s.both(ctx)
 	if err != nil {
 		return 0, err
 	}

@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"iter"
 	"log/slog"
 	"net/netip"
+	"slices"
 
 	"bauta.dev/bauta/internal/conntrack"
 	"bauta.dev/bauta/internal/datapath"
@@ -109,6 +111,21 @@ func (s *modeSwitch) known(ctx context.Context) (map[flowKey]conntrack.Flow, err
 	return out, err
 }
 
+// both reads the mappings of the programs and, by whom they are between, netfilter's connections.
+func (s *modeSwitch) both(ctx context.Context) ([]datapath.Flow, map[flowKey]conntrack.Flow, error) {
+	flows, err := s.maps.Flows(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	known, err := s.known(ctx)
+	return flows, known, err
+}
+
+// batches are as many mappings as are held at a time.
+func (s *modeSwitch) batches(flows []datapath.Flow) iter.Seq[[]datapath.Flow] {
+	return slices.Chunk(flows, cmp.Or(s.batch, switchBatch))
+}
+
 // translated are those that netfilter translates, of all zones.
 func (s *modeSwitch) translated(ctx context.Context) ([]conntrack.Flow, error) {
 	return s.tracked.List(ctx, conntrack.Filter{Sources: s.sources, Translated: true, AnyZone: true})
@@ -135,7 +152,7 @@ func (s *modeSwitch) toRules(ctx context.Context) (out switched, err error) {
 	}
 	s.note("netfilter tracks pods")
 	for range switchPasses {
-		// Their mappings stay for now, so that no new flow of the programs gets their ports.
+		// Their mappings stay until forget, so that no new flow of the programs gets their ports.
 		if n, err := s.passToRules(ctx); err != nil {
 			return out, err
 		} else if n == 0 {
@@ -195,11 +212,7 @@ func (s *modeSwitch) forget(ctx context.Context) (out switched, err error) {
 
 // track makes netfilter know the connections of the programs, as not translated.
 func (s *modeSwitch) track(ctx context.Context) error {
-	flows, err := s.maps.Flows(ctx)
-	if err != nil {
-		return err
-	}
-	known, err := s.known(ctx)
+	flows, known, err := s.both(ctx)
 	if err != nil {
 		return err
 	}
@@ -277,11 +290,7 @@ func plain(c conntrack.Flow) conntrack.Flow {
 
 // passToRules moves the mappings there are.
 func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
-	flows, err := s.maps.Flows(ctx)
-	if err != nil {
-		return 0, err
-	}
-	known, err := s.known(ctx)
+	flows, known, err := s.both(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -304,14 +313,12 @@ func (s *modeSwitch) passToRules(ctx context.Context) (moved int, err error) {
 	if moved, err = s.maps.SetSide(ctx, done, datapath.SideAway); err != nil {
 		return moved, err
 	}
-	for len(todo) > 0 {
-		n := min(len(todo), cmp.Or(s.batch, switchBatch))
-		m, err := s.batchToRules(ctx, todo[:n], known)
-		moved += m
+	for batch := range s.batches(todo) {
+		n, err := s.batchToRules(ctx, batch, known)
+		moved += n
 		if err != nil {
 			return moved, err
 		}
-		todo = todo[n:]
 	}
 	return moved, nil
 }

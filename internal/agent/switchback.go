@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -94,11 +93,7 @@ func (s *modeSwitch) reserve(ctx context.Context) error {
 // passToPrograms moves the mappings that are netfilter's, or were held when a switch was
 // cut off.
 func (s *modeSwitch) passToPrograms(ctx context.Context) (moved int, err error) {
-	flows, err := s.maps.Flows(ctx)
-	if err != nil {
-		return 0, err
-	}
-	known, err := s.known(ctx)
+	flows, known, err := s.both(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -108,12 +103,11 @@ func (s *modeSwitch) passToPrograms(ctx context.Context) (moved int, err error) 
 			todo = append(todo, f)
 		}
 	}
-	for len(todo) > 0 {
-		n := min(len(todo), cmp.Or(s.batch, switchBatch))
-		if err := s.batchToPrograms(ctx, todo[:n], known); err != nil {
+	for batch := range s.batches(todo) {
+		if err := s.batchToPrograms(ctx, batch, known); err != nil {
 			return moved, err
 		}
-		moved, todo = moved+n, todo[n:]
+		moved += len(batch)
 	}
 	return moved, nil
 }

@@ -1,8 +1,10 @@
 package datapath
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"iter"
 	"net/netip"
 	"time"
 
@@ -110,20 +112,28 @@ func (d *Datapath) Flows(ctx context.Context) ([]Flow, error) {
 		return nil, err
 	}
 	var out []Flow
-	for _, t := range d.sweeper.tables {
-		for e, err := range t.all(t.forward) {
-			if err == nil {
-				err = ctx.Err()
-			}
-			if err != nil {
-				return nil, err
-			}
-			if !e.host() {
-				out = append(out, t.flow(e, now, setting))
-			}
+	for e, err := range d.forwardEntries(ctx) {
+		if err != nil {
+			return nil, err
+		}
+		if !e.host() {
+			out = append(out, d.tablesOf(e.key.local.Addr()).flow(e, now, setting))
 		}
 	}
 	return out, nil
+}
+
+// forwardEntries are the leaving halves of all flows, of both families.
+func (d *Datapath) forwardEntries(ctx context.Context) iter.Seq2[flowEntry, error] {
+	return func(yield func(flowEntry, error) bool) {
+		for _, t := range d.sweeper.tables {
+			for e, err := range t.all(t.forward) {
+				if !yield(e, cmp.Or(err, ctx.Err())) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // flow joins both halves of a mapping.
@@ -223,17 +233,12 @@ func (d *Datapath) tablesOf(a netip.Addr) flowTables { return d.sweeper.tables[f
 // Shifted returns the flows of the node, and of others with its address, that got another
 // port because a mapping has theirs. They end with the programs.
 func (d *Datapath) Shifted(ctx context.Context) (out []Flow, err error) {
-	for _, t := range d.sweeper.tables {
-		for e, err := range t.all(t.forward) {
-			if err == nil {
-				err = ctx.Err()
-			}
-			if err != nil {
-				return nil, err
-			}
-			if e.host() && e.xlate != e.key.local {
-				out = append(out, Flow{Proto: e.key.proto, Src: e.key.local, Dst: e.key.remote, Xlate: e.xlate})
-			}
+	for e, err := range d.forwardEntries(ctx) {
+		if err != nil {
+			return nil, err
+		}
+		if e.host() && e.xlate != e.key.local {
+			out = append(out, Flow{Proto: e.key.proto, Src: e.key.local, Dst: e.key.remote, Xlate: e.xlate})
 		}
 	}
 	return out, nil

@@ -24,29 +24,21 @@ type ForeignRule struct {
 func Foreign(ctx context.Context, o Options, sources []netip.Prefix) ([]ForeignRule, error) {
 	ctx, cancel := o.reading(ctx)
 	defer cancel()
-	plain := o.plainBackend(ctx)
 	var found []ForeignRule
 	var known []string // chains that the binaries list: nft lists those of its backend again
-	for _, b := range []Backend{NFT, Legacy} {
-		progs := o.programs(b, plain)
-		for _, f := range families {
-			p, ok := progs[f]
-			if !ok {
-				continue
-			}
-			out, err := o.run(ctx, p.save, "")
-			if ctx.Err() != nil {
-				return found, hangs(ctx, "iptables")
-			}
-			if err != nil {
-				o.note("iptables: backend not readable", "path", p.save, "error", err)
-				continue
-			}
-			rules, chains := foreignRules(p, out, sources)
-			found = append(found, rules...)
-			if b == NFT {
-				known = append(known, chains...)
-			}
+	for _, p := range o.installed(ctx) {
+		out, err := o.run(ctx, p.save, "")
+		if ctx.Err() != nil {
+			return found, hangs(ctx, "iptables")
+		}
+		if err != nil {
+			o.note("iptables: backend not readable", "path", p.save, "error", err)
+			continue
+		}
+		rules, chains := foreignRules(p, out, sources)
+		found = append(found, rules...)
+		if p.backend == NFT {
+			known = append(known, chains...)
 		}
 	}
 	native, err := foreignNative(ctx, o, sources, known)

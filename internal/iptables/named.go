@@ -173,26 +173,17 @@ type natRule struct {
 
 // listNAT lists the nat tables of both backends and families.
 func listNAT(ctx context.Context, o Options) (list []natRule, err error) {
-	plain := o.plainBackend(ctx)
-	installed := false
-	for _, b := range []Backend{NFT, Legacy} {
-		progs := o.programs(b, plain)
-		for _, f := range families {
-			p, ok := progs[f]
-			if !ok {
-				continue
-			}
-			installed = true
-			out, err := o.run(ctx, p.save, "")
-			if err != nil {
-				o.note("iptables: backend not readable", "path", p.save, "error", err)
-				continue
-			}
-			list = append(list, natRules(p, out)...)
-		}
-	}
-	if !installed {
+	programs := o.installed(ctx)
+	if len(programs) == 0 {
 		return nil, noBinary("restore")
+	}
+	for _, p := range programs {
+		out, err := o.run(ctx, p.save, "")
+		if err != nil {
+			o.note("iptables: backend not readable", "path", p.save, "error", err)
+			continue
+		}
+		list = append(list, natRules(p, out)...)
 	}
 	return list, nil
 }

@@ -63,6 +63,20 @@ func (o Options) programs(b, plain Backend) map[Family]program {
 	return found
 }
 
+// installed are the programs of both backends and families.
+func (o Options) installed(ctx context.Context) (list []program) {
+	plain := o.plainBackend(ctx)
+	for _, b := range []Backend{NFT, Legacy} {
+		progs := o.programs(b, plain)
+		for _, f := range families {
+			if p, ok := progs[f]; ok {
+				list = append(list, p)
+			}
+		}
+	}
+	return list
+}
+
 // plainBackend is what the plain `iptables` belongs to; versions before 1.8 don't say,
 // and know only one.
 func (o Options) plainBackend(ctx context.Context) Backend {

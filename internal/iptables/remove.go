@@ -13,20 +13,12 @@ import (
 // Remove removes everything of ours, in both backends and families, and says what it
 // removed, a line each. Doing it again is harmless.
 func Remove(ctx context.Context, o Options) (removed []string, err error) {
-	plain := o.plainBackend(ctx)
 	var errs []error
-	for _, b := range []Backend{NFT, Legacy} {
-		progs := o.programs(b, plain)
-		for _, f := range families {
-			p, ok := progs[f]
-			if !ok {
-				continue
-			}
-			gone, err := p.remove(ctx)
-			removed = append(removed, gone...)
-			if err != nil {
-				errs = append(errs, familyError(f, err))
-			}
+	for _, p := range o.installed(ctx) {
+		gone, err := p.remove(ctx)
+		removed = append(removed, gone...)
+		if err != nil {
+			errs = append(errs, familyError(p.family, err))
 		}
 	}
 	if setsSupported() {
