@@ -109,95 +109,101 @@ type stale struct{ network, reserved, ipMasq, nodes, options bool }
 
 var allStale = stale{true, true, true, true, true}
 
-// run reconciles until ctx is done.
-func (l *loop) run(ctx context.Context) error {
-	resync, sweep, health := time.NewTicker(l.timing.resync), time.NewTicker(l.timing.sweep), time.NewTicker(l.timing.health)
-	defer resync.Stop()
-	defer sweep.Stop()
-	defer health.Stop()
-	var alive <-chan time.Time
-	if l.systemd.watchdog > 0 {
-		ticker := time.NewTicker(l.systemd.watchdog)
-		defer ticker.Stop()
-		alive = ticker.C
-	}
-	due := time.NewTimer(0)
-	defer due.Stop()
+// clocks are what wakes the loop without news.
+type clocks struct {
+	due                   *time.Timer // reconcile
+	resync, sweep, health *time.Ticker
+	patience              *time.Timer
+	alive                 <-chan time.Time // nil: nobody watches
 	// A file may be read while somebody writes it, and be as the watcher knew it when
 	// that looks: then there is no news of what it holds now. So it is read again
 	// when the watcher has looked (it does so within 200 ms), until it is as before.
-	confirm := time.NewTimer(l.timing.confirm)
-	confirm.Stop()
-	defer confirm.Stop()
-	patience := time.NewTimer(l.timing.patience)
-	defer patience.Stop()
-	soon := func() { due.Reset(0) } // the watchers have collected bursts
+	confirm *time.Timer
+}
+
+// soon: the watchers have collected bursts.
+func (c *clocks) soon() { c.due.Reset(0) }
+
+// run reconciles until ctx is done.
+func (l *loop) run(ctx context.Context) error {
+	c := clocks{
+		due: time.NewTimer(0), confirm: time.NewTimer(l.timing.confirm), patience: time.NewTimer(l.timing.patience),
+		resync: time.NewTicker(l.timing.resync), sweep: time.NewTicker(l.timing.sweep), health: time.NewTicker(l.timing.health),
+	}
+	c.confirm.Stop()
+	if l.systemd.watchdog > 0 {
+		c.alive = time.Tick(l.systemd.watchdog)
+	}
 	l.walked = make(chan walked, 1)
 	defer l.awaitWalk()
 	l.foreign.found, l.foreign.due = make(chan foreignFound, 1), true
 	defer l.awaitForeign()
 	l.stale, l.force = allStale, true
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-l.signals.network:
-			l.stale.network = true
-			soon()
-		case <-l.signals.ipMasq:
-			l.stale.ipMasq = true
-			confirm.Reset(l.timing.confirm)
-			soon()
-		case <-l.signals.nodes:
-			l.stale.nodes = true
-			confirm.Reset(l.timing.confirm)
-			soon()
-		case <-l.signals.options:
-			l.stale.options = true
-			confirm.Reset(l.timing.confirm)
-			soon()
-		case <-confirm.C:
-			l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
-			soon()
-		case <-resync.C:
-			l.stale, l.force, l.foreign.due = allStale, true, true
-			soon()
-		case <-health.C:
-			// A detached link makes no news, unlike a removed qdisc, and neither do
-			// rules. Packets leak until they are back.
-			if l.damaged(ctx) {
-				l.stale.network, l.force = true, true
-				soon()
-			}
-		case <-patience.C:
-			if !l.agent.Ready {
-				l.log.Warn("no policy in force yet, the service manager may go on", "after", l.timing.patience)
-				l.systemd.ready()
-			}
-		case <-l.signals.reload:
-			l.systemd.reloading()
-			l.log.Info("reloading")
-			l.stale, l.force = allStale, true
-			confirm.Reset(l.timing.confirm)
-			l.reconcile(ctx, due)
-			l.systemd.reloaded()
-		case <-due.C:
-			l.reconcile(ctx, due)
-			if l.news {
-				l.news = false
-				confirm.Reset(l.timing.confirm)
-			}
-		case <-sweep.C:
-			if (l.flows != nil || l.sweepErr != nil) && !time.Now().Before(l.nextWalk) {
-				l.sweep(ctx)
-			}
-		case w := <-l.walked:
-			l.swept(ctx, w)
-		case f := <-l.foreign.found:
-			l.takeForeign(f)
-		case <-alive:
-			l.systemd.alive()
+	for ctx.Err() == nil {
+		l.next(ctx, &c)
+	}
+	return nil
+}
+
+// next waits for news or a clock, and does what is due then.
+func (l *loop) next(ctx context.Context, c *clocks) {
+	fileNews := func(stale *bool) {
+		*stale = true
+		c.confirm.Reset(l.timing.confirm)
+		c.soon()
+	}
+	select {
+	case <-ctx.Done():
+	case <-l.signals.network:
+		l.stale.network = true
+		c.soon()
+	case <-l.signals.ipMasq:
+		fileNews(&l.stale.ipMasq)
+	case <-l.signals.nodes:
+		fileNews(&l.stale.nodes)
+	case <-l.signals.options:
+		fileNews(&l.stale.options)
+	case <-c.confirm.C:
+		l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
+		c.soon()
+	case <-c.resync.C:
+		l.stale, l.force, l.foreign.due = allStale, true, true
+		c.soon()
+	case <-c.health.C:
+		// A detached link makes no news, unlike a removed qdisc, and neither do
+		// rules. Packets leak until they are back.
+		if l.damaged(ctx) {
+			l.stale.network, l.force = true, true
+			c.soon()
 		}
+	case <-c.patience.C:
+		if !l.agent.Ready {
+			l.log.Warn("no policy in force yet, the service manager may go on", "after", l.timing.patience)
+			l.systemd.ready()
+		}
+	case <-l.signals.reload:
+		l.systemd.reloading()
+		l.log.Info("reloading")
+		l.stale, l.force = allStale, true
+		c.confirm.Reset(l.timing.confirm)
+		l.reconcile(ctx, c.due)
+		l.systemd.reloaded()
+	case <-c.due.C:
+		l.reconcile(ctx, c.due)
+		if l.news {
+			l.news = false
+			c.confirm.Reset(l.timing.confirm)
+		}
+	case <-c.sweep.C:
+		if (l.flows != nil || l.sweepErr != nil) && !time.Now().Before(l.nextWalk) {
+			l.sweep(ctx)
+		}
+	case w := <-l.walked:
+		l.swept(ctx, w)
+	case f := <-l.foreign.found:
+		l.takeForeign(f)
+	case <-c.alive:
+		l.systemd.alive()
 	}
 }
 
