@@ -124,6 +124,9 @@ func (n *netfilter) write(ctx context.Context, p *policy.Policy) error {
 	n.policy, n.before = p, nil
 	n.attached = nil
 	for _, d := range in.Devices {
+		if iptables.CheckDevice(d.Name) != nil {
+			continue // the rules leave it out, and the error says so
+		}
 		n.attached = append(n.attached, datapath.Attachment{Device: d.Name, Index: d.Index, Hook: HookIPTables})
 	}
 	n.mu.Lock()

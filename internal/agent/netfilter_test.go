@@ -286,3 +286,19 @@ func TestManyForeignRulesAreCut(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+// A device that rules can't name is not masqueraded on, and nobody says that it is.
+func TestOddDeviceIsNotAttached(t *testing.T) {
+	_, r, n := newRuleBench(t)
+	p, err := policy.Build(policy.Input{IPv4: true, Ports: []uint16{40000}, Devices: []policy.Device{{Name: "odd+", Index: 3}, {Name: "eth0", Index: 2}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.applyErr = iptables.ErrPartly
+	if err := n.Apply(t.Context(), p); !errors.Is(err, iptables.ErrPartly) {
+		t.Errorf("apply: %v", err)
+	}
+	if got := n.Attached(); len(got) != 1 || got[0].Device != "eth0" {
+		t.Errorf("attached: %+v", got)
+	}
+}
