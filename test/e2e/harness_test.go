@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
@@ -50,12 +52,25 @@ func newNode(t testing.TB, opts lab.Options) *node {
 	t.Cleanup(func() {
 		if n.agent != nil {
 			n.agent.kill()
+			n.removeLock()
 		}
 		if t.Failed() && n.log.Len() > 0 {
 			t.Logf("agent's log:\n%s", n.log.String())
 		}
 	})
 	return n
+}
+
+// removeLock removes what a killed agent leaves of its lock on the rules. A node uses it again, but
+// this one is about to go.
+func (n *node) removeLock() {
+	var ns unix.Stat_t
+	err := n.Node.Do(func() error { return unix.Stat("/proc/thread-self/ns/net", &ns) })
+	if err != nil {
+		n.t.Errorf("network namespace: %v", err)
+	}
+	os.Remove(filepath.Join(agent.DefaultRunDir, fmt.Sprintf("iptables-%d.lock", ns.Ino)))
+	os.Remove(agent.DefaultRunDir) // if nothing else is there
 }
 
 // startNode builds a topology and starts an agent for its pods.
