@@ -39,19 +39,13 @@ func Inspect(root string) (*Inspector, error) {
 	i.old = err == nil && ok && layout != mapLayout
 	for _, name := range []string{pinControl, pinSettings, pinCounters, pinDevices, pinStats, pinRefusals, pinReclaim,
 		pinForward4, pinForward6, pinReverse4, pinReverse6, pinInbound4, pinInbound6} {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(root, name), nil)
-		if errors.Is(err, os.ErrNotExist) && i.old && (name == pinStats || name == pinRefusals || name == pinReclaim) {
+		m, err := i.open(name)
+		if errors.Is(err, ErrNone) && i.old && (name == pinStats || name == pinRefusals || name == pinReclaim) {
 			continue
 		}
 		if err != nil {
 			i.Close()
-			switch {
-			case errors.Is(err, os.ErrNotExist):
-				return nil, advice.New(fmt.Errorf("%s: %w", root, ErrNone), "start it with `bauta agent`", "or name another --bpf-root")
-			case errors.Is(err, os.ErrPermission):
-				return nil, advice.New(fmt.Errorf("open %s: %w", filepath.Join(root, name), err), "run as root")
-			}
-			return nil, fmt.Errorf("open pinned table %s: %w", name, err)
+			return nil, err
 		}
 		i.maps[name] = m
 	}
@@ -60,6 +54,20 @@ func Inspect(root string) (*Inspector, error) {
 		{i.maps[pinForward6], i.maps[pinReverse6], i.maps[pinInbound6], false},
 	}
 	return i, nil
+}
+
+// open opens a pinned table. ErrNone: it is not there.
+func (i *Inspector) open(name string) (*ebpf.Map, error) {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(i.root, name), nil)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, advice.New(fmt.Errorf("%s: %w", i.root, ErrNone), "start it with `bauta agent`", "or name another --bpf-root")
+	case errors.Is(err, os.ErrPermission):
+		return nil, advice.New(fmt.Errorf("open %s: %w", filepath.Join(i.root, name), err), "run as root")
+	case err != nil:
+		return nil, fmt.Errorf("open pinned table %s: %w", name, err)
+	}
+	return m, nil
 }
 
 // Close lets go of the pinned objects.

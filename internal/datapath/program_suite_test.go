@@ -122,6 +122,14 @@ func runPrograms(t *testing.T, r *rig) {
 		{"PortClass", testPortClass},
 		{"RefusalIsTold", testRefusalIsTold},
 		{"RefusalIsNotTold", testRefusalIsNotTold},
+		{"ExplainTable", testExplainTable},
+		{"ExplainChangesNothing", testExplainChangesNothing},
+		{"ExplainPort", testExplainPort},
+		{"ExplainRefusals", testExplainRefusals},
+		{"ExplainFull", testExplainFull},
+		{"ExplainMatch", testExplainMatch},
+		{"ExplainLayout", testExplainLayout},
+		{"ExplainBesideTraffic", testExplainBesideTraffic},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, r.on(t)) })
 	}
