@@ -17,6 +17,7 @@ import (
 type Inspector struct {
 	backend Backend
 	nat     map[Family]tableState
+	mangle  map[Family]tableState
 	cut     map[Family]bool // no packet comes to our chains
 }
 
@@ -31,7 +32,7 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 		if o.Backend != "" && o.Backend != b {
 			continue
 		}
-		i := &Inspector{backend: b, nat: make(map[Family]tableState), cut: make(map[Family]bool)}
+		i := &Inspector{backend: b, nat: make(map[Family]tableState), mangle: make(map[Family]tableState), cut: make(map[Family]bool)}
 		for f, p := range o.programs(b, plain) {
 			tables, err := p.readAll(ctx)
 			if ctx.Err() != nil {
@@ -46,7 +47,7 @@ func Inspect(ctx context.Context, o Options) (*Inspector, error) {
 				continue
 			}
 			if nat := tables["nat"]; len(nat.chains) > 0 {
-				i.nat[f], i.cut[f] = nat, !nat.reached() || !tables["mangle"].reached()
+				i.nat[f], i.mangle[f], i.cut[f] = nat, tables["mangle"], !nat.reached() || !tables["mangle"].reached()
 			}
 		}
 		if len(i.nat) > 0 {
