@@ -21,6 +21,7 @@ type Question struct {
 type Answer struct {
 	Outcome policy.Outcome
 	Source  netip.AddrPort // that the packet would leave with
+	Inbound bool           // a connection opened from outside has these addresses and ports
 }
 
 // Explainer runs the real egress program on packets that nobody sends. It is a second
@@ -102,7 +103,7 @@ func (e *Explainer) Ask(q Question) (Answer, error) {
 
 // ask runs the program on any packet with an Ethernet header; key is its forward key.
 func (e *Explainer) ask(p packet.Packet, key flowKey, device int) (a Answer, err error) {
-	if err := e.prepare(key); err != nil {
+	if a.Inbound, err = e.prepare(key); err != nil {
 		return a, fmt.Errorf("copy the flows: %w", err)
 	}
 	frame := p.Build()

@@ -12,15 +12,15 @@ import (
 
 // prepare gives the twin what the packet of key could meet in the live tables: its own
 // flow, whatever has an external socket towards the same remote, and what its pod has and
-// was refused.
-func (e *Explainer) prepare(key flowKey) error {
+// was refused. It tells whether there is a connection opened from outside.
+func (e *Explainer) prepare(key flowKey) (inbound bool, err error) {
 	live := e.in.tables[1]
 	if key.local.Addr().Is4() {
 		live = e.in.tables[0]
 	}
 	taken, err := live.reservedTowards(key)
 	if err != nil {
-		return err
+		return false, err
 	}
 	sizes := twinSizes{twinRoom, twinRoom}
 	for int(sizes.reverse) < taken.n+2 {
@@ -31,20 +31,20 @@ func (e *Explainer) prepare(key flowKey) error {
 		// It must be full for the program too.
 		sizes.reverse = uint32(max(taken.n, 1))
 		if sizes.forward, err = live.roomInForward(); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := e.resize(sizes); err != nil {
-		return err
+		return false, err
 	}
 	own := e.twin.tables(live.ipv4)
 	for _, m := range e.twin.own() {
 		if err := forget(m); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := taken.put(own.reverse); err != nil {
-		return err
+		return false, err
 	}
 	answers := flowKey{local: key.remote, remote: key.local, proto: key.proto} // a flow that this packet is an answer to
 	for _, c := range []struct {
@@ -58,9 +58,11 @@ func (e *Explainer) prepare(key flowKey) error {
 		{e.live[pinPods], e.twin.Pods, addrTo(key.local.Addr())},
 		{e.live[pinRefusals], e.twin.Refusals, refusedKey(key)},
 	} {
-		if err := copyEntry(c.from, c.to, c.key); err != nil {
-			return err
+		found, err := copyEntry(c.from, c.to, c.key)
+		if err != nil {
+			return false, err
 		}
+		inbound = inbound || found && c.from == live.inbound
 	}
 	if sizes.forward < twinRoom {
 		err = own.fill(own.forward)
@@ -68,7 +70,7 @@ func (e *Explainer) prepare(key flowKey) error {
 	if full && err == nil {
 		err = own.fill(own.reverse)
 	}
-	return err
+	return inbound, err
 }
 
 // resize loads the twin, unless there is one of that size.
@@ -183,12 +185,12 @@ func refusedKey(k flowKey) masqRefused {
 }
 
 // copyEntry copies an entry if there is one.
-func copyEntry(from, to *ebpf.Map, key any) error {
+func copyEntry(from, to *ebpf.Map, key any) (found bool, err error) {
 	value, err := from.LookupBytes(key)
 	if err != nil || value == nil {
-		return err
+		return false, err
 	}
-	return to.Put(key, value)
+	return true, to.Put(key, value)
 }
 
 // forget removes all entries of a small hash table.
