@@ -21,7 +21,7 @@ or none.
 Programs and rules stay and go on working when the agent is down; only
 'bauta cleanup' takes them away. Every command that reads works with or without
 an agent.`,
-		a.newAgent(), a.newStatus(), a.newBPF(), a.newConfig(), a.newCleanup(), a.newDemo(), a.newVersion(), a.newCompletion())
+		a.newAgent(), a.newStatus(), a.newExplain(), a.newBPF(), a.newConfig(), a.newCleanup(), a.newDemo(), a.newVersion(), a.newCompletion())
 	root.Example = `  bauta agent --pod-cidrs 10.0.0.0/16
   bauta status
   bauta bpf nat list --pod 10.0.1.99`
