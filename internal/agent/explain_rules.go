@@ -38,6 +38,9 @@ func (x *explainer) askRules(ctx context.Context, k *ruleInspector) error {
 		}
 	}
 	if !x.isAttached() {
+		if x.file != nil && x.decision.Outcome.Verdict() == policy.Pass {
+			v.Outcome = x.decision.Outcome // rules are for masquerade devices
+		}
 		return x.elsewhere(v.Outcome, match)
 	}
 	if err := x.conclude(v.Outcome, match); err != nil {

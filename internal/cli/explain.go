@@ -128,16 +128,19 @@ func explainText(q agent.Question, e agent.Explanation) string {
 		what = fmt.Sprintf("%s %s -> %s, identifier %d,", protoName(q.Proto), q.Src.Addr(), q.Dst.Addr(), q.Src.Port())
 	}
 	info := outcomeNamed(e.Reason)
+	stays := e.Device == "lo"
 	var first string
-	switch e.Verdict {
-	case policy.Masquerade.String():
+	switch {
+	case e.Verdict == policy.Masquerade.String():
 		to := e.Address
 		if a, err := netip.ParseAddr(e.Address); err == nil && e.Port != 0 {
 			to = netip.AddrPortFrom(a, e.Port).String()
 		}
 		first = fmt.Sprintf("masquerade: %s leaves by %s with the source %s", what, e.Device, to)
-	case policy.Drop.String():
+	case e.Verdict == policy.Drop.String():
 		first = fmt.Sprintf("drop: %s is dropped at %s", what, e.Device)
+	case stays:
+		first = fmt.Sprintf("pass: %s is for this node itself and stays as it is", what)
 	default:
 		first = fmt.Sprintf("pass: %s leaves by %s as it is", what, e.Device)
 	}
@@ -148,13 +151,17 @@ func explainText(q agent.Question, e agent.Explanation) string {
 		}
 	}
 	row("Reason:", reasonText(info))
-	row("Match:", matchText(e))
+	if e.Match != "" {
+		row("Match:", matchText(e))
+	} else {
+		row("Source:", e.Source)
+	}
 	row("Device:", e.Device)
 	row("Address:", e.Address)
 	if e.Port != 0 {
 		row("Port:", strconv.Itoa(int(e.Port)))
 	}
-	if info.Remedy != "" {
+	if !stays {
 		row("Remedy:", info.Remedy)
 	}
 	for _, n := range e.Notes {
@@ -179,12 +186,9 @@ func reasonText(o policy.OutcomeInfo) string {
 	return o.Name + ": " + o.Meaning
 }
 
-// matchText is the prefix with its origin, or the one of them that there is.
+// matchText is the prefix with its origin, if that is known.
 func matchText(e agent.Explanation) string {
-	switch {
-	case e.Match == "":
-		return e.Source
-	case e.Source == "":
+	if e.Source == "" {
 		return e.Match
 	}
 	return e.Match + " (" + e.Source + ")"

@@ -37,8 +37,8 @@ func Egress(src, dst netip.Addr) (index int, err error) {
 		if from.Type != unix.RTN_LOCAL {
 			opt.IifIndex = from.LinkIndex
 		}
-		if r, err := get(dst, opt); err == nil && r.LinkIndex != 0 {
-			return r.LinkIndex, nil
+		if r, err := get(dst, opt); err == nil {
+			return leavesBy(r), nil
 		}
 	}
 	r, err := get(dst, netlink.RouteGetOptions{})
@@ -48,5 +48,15 @@ func Egress(src, dst netip.Addr) (index int, err error) {
 	case err != nil:
 		return 0, advice.New(fmt.Errorf("route to %s: none (%w)", dst, err), "ip route get "+dst.String()+" shows what the kernel says", "--device names the device")
 	}
-	return r.LinkIndex, nil
+	return leavesBy(r), nil
+}
+
+// leavesBy is the device of a route. That of an IPv6 address of the node names the device that
+// has the address.
+func leavesBy(r netlink.Route) int {
+	const loopback = 1 // in every network namespace
+	if r.Type == unix.RTN_LOCAL {
+		return loopback
+	}
+	return r.LinkIndex
 }

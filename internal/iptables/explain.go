@@ -50,6 +50,12 @@ func (i *Inspector) Explain(p Packet) (v Verdict, err error) {
 			break // nat does not see it
 		}
 	}
+	if v.Draining {
+		v.Outcome, v.Unreached = policy.PassDisabled, false
+	}
+	if v.Outcome == policy.Continue {
+		return v, fmt.Errorf("chain %s: its rules give a packet no verdict", entryChain)
+	}
 	return v, nil
 }
 
@@ -79,6 +85,9 @@ func (w *walk) follow(chain string) error {
 		if to := option(words, "--to-source"); to != "" {
 			return w.translate(to, slices.Contains(words, "--random-fully"))
 		}
+		if chain == destinationChain && !prefix.IsValid() {
+			prefix = netip.PrefixFrom(w.family.zero(), 0) // a set can't hold it
+		}
 		w.verdict.Outcome, w.verdict.Match = outcomeNamed(option(words, "--comment")), prefix
 		return nil
 	}
@@ -87,8 +96,6 @@ func (w *walk) follow(chain string) error {
 		w.verdict.Outcome = policy.PassDevice
 	case sourceChain:
 		w.verdict.Outcome = policy.PassSource
-	case deviceChain:
-		w.verdict.Outcome = policy.DropNoAddress
 	}
 	return nil
 }
