@@ -62,13 +62,16 @@ func Explain(ctx context.Context, bpfRoot, runDir string, q Question) (Explanati
 		return Explanation{}, err
 	}
 	x.readPolicy(runDir)
+	drains, err := x.askDraining(ctx, bpfRoot)
 	switch k := k.(type) {
 	case *datapath.Inspector:
-		err = x.askPrograms(k)
+		if !drains && err == nil {
+			err = x.askPrograms(k)
+		}
 	case *ruleInspector:
-		err = x.askRules(ctx, k)
-	default:
-		err = fmt.Errorf("a data plane of type %T can't be asked", k)
+		if !drains && err == nil {
+			err = x.askRules(ctx, k)
+		}
 	}
 	if err != nil {
 		return Explanation{}, err

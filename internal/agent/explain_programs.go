@@ -9,12 +9,7 @@ import (
 
 // askPrograms runs the program of eBPF mode, dry.
 func (x *explainer) askPrograms(k *datapath.Inspector) error {
-	e, err := k.Explain()
-	if err != nil {
-		return err
-	}
-	defer e.Close()
-	a, err := e.Ask(datapath.Question{Src: x.q.Src, Dst: x.q.Dst, Proto: x.q.Proto, Device: x.index})
+	a, err := x.run(k)
 	if err != nil {
 		return err
 	}
@@ -34,13 +29,15 @@ func (x *explainer) askPrograms(k *datapath.Inspector) error {
 	if a.Inbound && a.Outcome != policy.PassInbound {
 		x.note("a connection opened from outside has these addresses and ports: its packets leave untranslated (%s), but this one opens another", policy.PassInbound)
 	}
-	x.noteDraining(a.Outcome)
 	return nil
 }
 
-// noteDraining says that another data plane has connections yet.
-func (x *explainer) noteDraining(o policy.Outcome) {
-	if x.file != nil && x.file.Draining != nil && o != policy.MasqKnown {
-		x.note("connections of the former mode (%s) drain: one that it knows keeps its mapping; `bauta bpf nat list` has them", x.file.Draining.Mode)
+// run runs the program on the packet.
+func (x *explainer) run(k *datapath.Inspector) (datapath.Answer, error) {
+	e, err := k.Explain()
+	if err != nil {
+		return datapath.Answer{}, err
 	}
+	defer e.Close()
+	return e.Ask(datapath.Question{Src: x.q.Src, Dst: x.q.Dst, Proto: x.q.Proto, Device: x.index})
 }

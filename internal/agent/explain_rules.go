@@ -50,7 +50,6 @@ func (x *explainer) askRules(ctx context.Context, k *ruleInspector) error {
 		x.Address = v.Address.String()
 		x.notePort(v)
 	}
-	x.noteDraining(v.Outcome)
 	return nil
 }
 

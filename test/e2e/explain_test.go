@@ -279,6 +279,37 @@ func (n *node) changePolicyFile(edit func(string) string) {
 	must(n.t, os.Remove(path))
 }
 
+// wantDraining checks that a connection that drains is told with the mapping that it has, and another
+// one as new.
+func (n *node) wantDraining(pod int, port uint16, server netip.AddrPort, mode string, external uint16) {
+	n.t.Helper()
+	about := func(port uint16) agent.Explanation {
+		return n.explain("--src="+netip.AddrPortFrom(n.PodAddrs[pod].Of(server.Addr()), port).String(), "--dst="+server.String())
+	}
+	e := about(port)
+	if e.Reason != "masq-known" || e.Address != n.NodeAddr.Of(server.Addr()).String() || e.Port != external {
+		n.t.Errorf("a connection that drains: %+v", e)
+	}
+	n.wantNote(e, "one of the connections of "+mode+" mode, which drain")
+	if e := about(port + 1); e.Reason != "masq-new" {
+		n.t.Errorf("another connection: %+v", e)
+	}
+}
+
+// What netfilter may do first is told: a rule of another program.
+func TestExplainForeignRule(t *testing.T) {
+	t.Parallel()
+	n := startNode(t, lab.Options{})
+	pod, world := n.PodAddrs[0].V4, n.WorldAddr.V4
+	if e := n.about(pod, world); strings.Contains(strings.Join(e.Notes, " "), "another program") {
+		t.Errorf("without a rule: %+v", e)
+	}
+	n.tables("iptables-nft", "-t", "nat", "-A", "POSTROUTING", "-s", "10.0.0.0/8", "-o", "eth0", "-j", "MASQUERADE")
+	e := n.explain("--src="+pod.String(), "--dst="+world.String())
+	n.wantNote(e, "a rule of another program may translate this packet", "table nat, chain POSTROUTING: ", "-s 10.0.0.0/8")
+	n.inBPF(func() { n.wantNote(e, "before the programs see it") })
+}
+
 // Where policy.json is missing or says something else, the kernel has the last word.
 func TestExplainStalePolicy(t *testing.T) {
 	t.Parallel()

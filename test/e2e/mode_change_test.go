@@ -116,6 +116,7 @@ func TestModeChangeDrains(t *testing.T) {
 	if out := n.cli("bpf", "nat", "list", "--proto=tcp"); !strings.Contains(out, ":40001 -> ") {
 		t.Errorf("bpf nat list without the connection that drains:\n%s", out)
 	}
+	n.wantDraining(0, 40001, echo, agent.ModeIPTables, 40001)
 	n.start(n.agent.args...)
 	if !answers(conn) {
 		t.Error("the connection does not answer after a crash")

@@ -140,7 +140,9 @@ func TestModeChangeDrainsPrograms(t *testing.T) {
 	}
 	n.restart(iptablesMode, "--drain-timeout=1h")
 	draining()
+	n.wantDraining(0, 40001, echo, agent.ModeBPF, 40001)
 	n.kill()
+	n.wantDraining(0, 40001, echo, agent.ModeBPF, 40001)
 	if !answers(pod) || !answers(conn) {
 		t.Error("a connection does not answer without the agent")
 	}
