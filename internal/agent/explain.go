@@ -229,17 +229,10 @@ func prefixText(p netip.Prefix) string {
 	return p.String()
 }
 
-// elsewhere concludes for a packet that leaves by a device without us: it passes.
-func (x *explainer) elsewhere(o policy.Outcome, match func(policy.Outcome) (netip.Prefix, error)) error {
-	if o.Verdict() != policy.Pass || o == policy.PassInbound || o == policy.PassTranslated {
-		o = policy.PassDevice
-	}
-	if err := x.conclude(o, match); err != nil {
-		return err
-	}
-	if o == policy.PassDevice && x.Source == "" {
-		x.Source = "option devices"
-	}
+// elsewhere concludes for a packet that leaves by a device without us: it passes, whatever the
+// policy says of its addresses.
+func (x *explainer) elsewhere() {
+	x.Verdict, x.Reason, x.Source = policy.Pass.String(), policy.PassDevice.String(), "option devices"
 	names := "none"
 	if list := x.masqueradeDevices(); len(list) > 0 {
 		names = strings.Join(list, ", ")
@@ -248,7 +241,6 @@ func (x *explainer) elsewhere(o policy.Outcome, match func(policy.Outcome) (neti
 		x.note("the destination is an address of this node")
 	}
 	x.note("%s is no masquerade device; those are: %s", x.Device, names)
-	return nil
 }
 
 // maxForeignNotes keeps the answer readable.

@@ -9,14 +9,15 @@ import (
 
 // askPrograms runs the program of eBPF mode, dry.
 func (x *explainer) askPrograms(k *datapath.Inspector) error {
+	if !x.isAttached() {
+		x.elsewhere()
+		return nil
+	}
 	a, err := x.run(k)
 	if err != nil {
 		return err
 	}
 	match := func(o policy.Outcome) (netip.Prefix, error) { return k.Match(o, x.q.Src.Addr(), x.q.Dst.Addr()) }
-	if !x.isAttached() {
-		return x.elsewhere(a.Outcome, match)
-	}
 	if err := x.conclude(a.Outcome, match); err != nil {
 		return err
 	}

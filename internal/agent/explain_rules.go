@@ -25,7 +25,7 @@ func (x *explainer) askRules(ctx context.Context, k *ruleInspector) error {
 	case v.Unreached:
 		v.Outcome = policy.PassDevice
 		x.note("no packet comes to the rules: see `bauta status`")
-	case v.Draining:
+	case k.Draining():
 		x.note("the rules translate no new connection any more: they drain")
 	}
 	flows, err := conntrack.List(ctx, conntrack.Filter{})
@@ -38,10 +38,8 @@ func (x *explainer) askRules(ctx context.Context, k *ruleInspector) error {
 		}
 	}
 	if !x.isAttached() {
-		if x.file != nil && x.decision.Outcome.Verdict() == policy.Pass {
-			v.Outcome = x.decision.Outcome // rules are for masquerade devices
-		}
-		return x.elsewhere(v.Outcome, match)
+		x.elsewhere()
+		return nil
 	}
 	if err := x.conclude(v.Outcome, match); err != nil {
 		return err
@@ -70,10 +68,10 @@ func (x *explainer) known(f conntrack.Flow, byRules policy.Outcome, match func(p
 	case f.SNAT:
 		x.Address, x.Port = f.Xlate.Addr().String(), f.Xlate.Port()
 		return x.conclude(policy.MasqKnown, match)
+	case !x.isAttached():
+		x.elsewhere()
+		return nil
 	case byRules.Verdict() == policy.Pass:
-		if !x.isAttached() {
-			return x.elsewhere(byRules, match)
-		}
 		return x.conclude(byRules, match)
 	}
 	x.Verdict = policy.Pass.String()

@@ -107,7 +107,7 @@ func TestExplain(t *testing.T) {
 			if e := n.about(pod, bridge); e.Verdict != "pass" || e.Device != "lo" {
 				t.Errorf("%s: to the gateway: %+v", when, e)
 			}
-			if e := n.about(pod, pod2); e.Verdict != "pass" || e.Device == "eth0" {
+			if e := n.about(pod, pod2); e.Reason != "pass-device" || e.Device == "eth0" {
 				t.Errorf("%s: to another pod: %+v", when, e)
 			}
 		}
