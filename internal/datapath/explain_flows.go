@@ -10,9 +10,9 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// prepare gives the twin what the packet of key could meet in the live tables: its own
-// flow, whatever has an external socket towards the same remote, and what its pod has and
-// was refused. It tells whether there is a connection opened from outside.
+// prepare gives the twin what the packet of key could meet in the live tables: whatever has an
+// external socket towards the same remote, its own flow, and what its pod has and was refused.
+// It tells whether there is a connection opened from outside.
 func (e *Explainer) prepare(key flowKey) (inbound bool, err error) {
 	live := e.in.tables[1]
 	if key.local.Addr().Is4() {
@@ -22,30 +22,60 @@ func (e *Explainer) prepare(key flowKey) (inbound bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	sizes := twinSizes{twinRoom, twinRoom}
-	for int(sizes.reverse) < taken.n+2 {
-		sizes.reverse *= 2
+	sizes, err := live.sizes(taken)
+	if err == nil {
+		err = e.resize(sizes)
 	}
-	full := taken.seen >= int(live.reverse.MaxEntries())
-	if full {
-		// It must be full for the program too.
-		sizes.reverse = uint32(max(taken.n, 1))
-		if sizes.forward, err = live.roomInForward(); err != nil {
-			return false, err
-		}
-	}
-	if err := e.resize(sizes); err != nil {
+	if err != nil {
 		return false, err
 	}
-	own := e.twin.tables(live.ipv4)
 	for _, m := range e.twin.own() {
 		if err := forget(m); err != nil {
 			return false, err
 		}
 	}
+	own := e.twin.tables(live.ipv4)
 	if err := taken.put(own.reverse); err != nil {
 		return false, err
 	}
+	if inbound, err = e.copyLive(key, live, own); err != nil {
+		return false, err
+	}
+	if sizes.forwardFull {
+		err = own.fill(own.forward)
+	}
+	if sizes.reverseFull && err == nil {
+		err = own.fill(own.reverse)
+	}
+	return inbound, err
+}
+
+// sizes are those of the tables of a twin that gets the reserved entries: one whose live table
+// is full must be full for the program too.
+func (t flowTables) sizes(taken reserved) (s twinSizes, err error) {
+	s.forward, s.reverse = twinRoom, twinRoom
+	for int(s.reverse) < taken.n+2 {
+		s.reverse *= 2
+	}
+	if taken.seen < int(t.reverse.MaxEntries()) {
+		return s, nil // then the forward table, whose entries all have one there, is not full either
+	}
+	s.reverse, s.reverseFull = uint32(max(taken.n, 1)), true
+	seen := 0
+	for _, err := range t.all(t.forward) {
+		if err != nil {
+			return s, err
+		}
+		seen++
+	}
+	if seen >= int(t.forward.MaxEntries()) {
+		s.forward, s.forwardFull = 2, true // what copyLive has at most
+	}
+	return s, nil
+}
+
+// copyLive copies single entries that the packet of key could meet.
+func (e *Explainer) copyLive(key flowKey, live, own flowTables) (inbound bool, err error) {
 	answers := flowKey{local: key.remote, remote: key.local, proto: key.proto} // a flow that this packet is an answer to
 	for _, c := range []struct {
 		from, to *ebpf.Map
@@ -64,13 +94,7 @@ func (e *Explainer) prepare(key flowKey) (inbound bool, err error) {
 		}
 		inbound = inbound || found && c.from == live.inbound
 	}
-	if sizes.forward < twinRoom {
-		err = own.fill(own.forward)
-	}
-	if full && err == nil {
-		err = own.fill(own.reverse)
-	}
-	return inbound, err
+	return inbound, nil
 }
 
 // resize loads the twin, unless there is one of that size.
@@ -128,21 +152,6 @@ func gather[K, V any](m *ebpf.Map, want func(K) bool) (r reserved, err error) {
 		return nil
 	}
 	return r, err
-}
-
-// roomInForward is the size of a twin's forward table, small if the live one is full.
-func (t flowTables) roomInForward() (uint32, error) {
-	seen := 0
-	for _, err := range t.all(t.forward) {
-		if err != nil {
-			return 0, err
-		}
-		seen++
-	}
-	if seen < int(t.forward.MaxEntries()) {
-		return twinRoom, nil
-	}
-	return 2, nil // what is copied from the live one at most
 }
 
 // fill takes the room that is left in a table, with entries that no packet meets.

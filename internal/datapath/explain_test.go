@@ -306,6 +306,28 @@ func testExplainFull(t *testing.T, r *rig) {
 	})
 }
 
+// A connection opened from outside is told; a SYN of the pod's opens one of its own all the same.
+func testExplainInbound(t *testing.T, r *rig) {
+	r.apply(r.familyInput())
+	eachFamily(t, r, func(r *rig, f family) {
+		e := r.explain()
+		for _, c := range []struct {
+			p    packet.Packet
+			want policy.Outcome
+		}{{f.udp(), policy.PassInbound}, {f.tcp(packet.SYN), policy.MasqNew}} {
+			if a := e.about(c.p, "eth0"); a.Outcome != policy.MasqNew || a.Inbound {
+				t.Errorf("protocol %d, without: %+v", c.p.Proto, a)
+			}
+			open := c.p
+			open.Src, open.Dst, open.SrcPort, open.DstPort = c.p.Dst, c.p.Src, c.p.DstPort, c.p.SrcPort
+			r.expect(ingress, open, policy.PassInbound)
+			if a := e.about(c.p, "eth0"); a.Outcome != c.want || !a.Inbound {
+				t.Errorf("protocol %d: %+v, want %s", c.p.Proto, a, c.want)
+			}
+		}
+	})
+}
+
 // The entry that decides is found in the kernel's own tables.
 func testExplainMatch(t *testing.T, r *rig) {
 	in := r.familyInput()

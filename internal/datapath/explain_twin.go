@@ -29,8 +29,11 @@ type twin struct {
 }
 
 // twinSizes are the entries that the forward and reverse tables of a twin have room for.
-// They say whether a new flow finds any, so they are exact when the live table is full.
-type twinSizes struct{ forward, reverse uint32 }
+// They are exact where the live table is full, and nothing is to find any.
+type twinSizes struct {
+	forward, reverse         uint32
+	forwardFull, reverseFull bool
+}
 
 // twinRoom is enough for what one packet meets and makes.
 const twinRoom = 64

@@ -127,6 +127,7 @@ func runPrograms(t *testing.T, r *rig) {
 		{"ExplainPort", testExplainPort},
 		{"ExplainRefusals", testExplainRefusals},
 		{"ExplainFull", testExplainFull},
+		{"ExplainInbound", testExplainInbound},
 		{"ExplainMatch", testExplainMatch},
 		{"ExplainLayout", testExplainLayout},
 		{"ExplainBesideTraffic", testExplainBesideTraffic},
