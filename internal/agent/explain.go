@@ -76,6 +76,9 @@ func Explain(ctx context.Context, bpfRoot, runDir string, q Question) (Explanati
 	if err != nil {
 		return Explanation{}, err
 	}
+	if err := x.noteIPsec(k); err != nil {
+		return Explanation{}, err
+	}
 	x.noteForeign(ctx, k)
 	return x.Explanation, nil
 }
@@ -241,6 +244,24 @@ func (x *explainer) elsewhere() {
 		x.note("the destination is an address of this node")
 	}
 	x.note("%s is no masquerade device; those are: %s", x.Device, names)
+}
+
+// noteIPsec says that a policy of IPsec is for the packet. The programs see what is encrypted
+// only, the rules what is not yet.
+func (x *explainer) noteIPsec(k inspector) error {
+	if !x.isAttached() {
+		return nil
+	}
+	encrypts, err := devices.Encrypts(x.q.Src.Addr(), x.q.Dst.Addr(), x.q.Proto)
+	switch {
+	case err != nil || !encrypts:
+		return err
+	case isFlowMeter(k):
+		x.note("a policy of IPsec (xfrm) is for this packet: it is encrypted before the programs see it, and they judge what comes of it")
+	case x.Verdict == policy.Masquerade.String():
+		x.note("a policy of IPsec (xfrm) is for this packet, but it is translated before that")
+	}
+	return nil
 }
 
 // maxForeignNotes keeps the answer readable.

@@ -1,14 +1,17 @@
 package devices
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/advice"
+	"bauta.dev/bauta/internal/lab/labtest"
 )
 
 // A forwarded packet is routed as the kernel does it: by its source and the device that it comes
@@ -37,10 +40,17 @@ func TestEgress(t *testing.T) {
 		{"fd00::2", "2001:db8::7", eth0},
 		{"fd00::2", "2001:db8::1", lo},
 	} {
-		got, err := Egress(netip.MustParseAddr(c.src), netip.MustParseAddr(c.dst))
-		if err != nil || got != c.want.Attrs().Index {
-			t.Errorf("%s to %s: device %d, %v, want %s", c.src, c.dst, got, err, c.want.Attrs().Name)
-		}
+		// The kernel makes the routes of an IPv6 address some time after the address.
+		labtest.Eventually(t, 5*time.Second, func() error {
+			got, err := Egress(netip.MustParseAddr(c.src), netip.MustParseAddr(c.dst))
+			if err == nil && got != c.want.Attrs().Index {
+				err = fmt.Errorf("device %d, want %s", got, c.want.Attrs().Name)
+			}
+			if err != nil {
+				return fmt.Errorf("%s to %s: %w", c.src, c.dst, err)
+			}
+			return nil
+		})
 	}
 	for _, dst := range []string{"203.0.113.1", "10.9.9.9", "2001:db8:9::1"} {
 		src := netip.MustParseAddr("10.0.1.2")

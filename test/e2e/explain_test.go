@@ -296,6 +296,24 @@ func (n *node) wantDraining(pod int, port uint16, server netip.AddrPort, mode st
 	}
 }
 
+// What a policy of IPsec would encrypt: netfilter translates it before, the programs never see it (docs/modes.md).
+func TestExplainIPsec(t *testing.T) {
+	t.Parallel()
+	n := startNode(t, lab.Options{})
+	_, err := n.Node.Run(within(t, patience), labtest.Tool(t, "ip"), "xfrm", "policy", "add", "src", lab.PodRange4.String(), "dst", "198.18.7.0/24", "dir", "out",
+		"tmpl", "src", n.NodeAddr.V4.String(), "dst", n.WorldAddr.V4.String(), "proto", "esp", "mode", "tunnel")
+	must(t, err)
+	e := n.explain("--src="+n.PodAddrs[0].V4.String(), "--dst=198.18.7.7", "--device=eth0")
+	n.wantNote(e, "a policy of IPsec (xfrm) is for this packet")
+	n.inBPF(func() { n.wantNote(e, "before the programs see it") })
+	if n.backend != "" {
+		n.wantNote(e, "it is translated before")
+	}
+	if e := n.about(n.PodAddrs[0].V4, n.WorldAddr.V4); len(e.Notes) > 0 && strings.Contains(e.Notes[0], "IPsec") {
+		t.Errorf("without a policy: %+v", e)
+	}
+}
+
 // What netfilter may do first is told: a rule of another program.
 func TestExplainForeignRule(t *testing.T) {
 	t.Parallel()
