@@ -41,7 +41,9 @@ device that the routes give it. A packet with an address of the node is one of t
 node's own, any other one is forwarded. A packet of a known connection keeps the
 mapping of that (masq-known).
 
-The exit status is 0 whatever the verdict.`,
+As JSON it has verdict (masquerade, pass or drop), reason, match, source, device,
+address, port (0 if there is none, or nobody knows it yet), and notes for people if
+there are any. The exit status is 0 whatever the verdict.`,
 		Example: `  bauta explain --src 10.0.1.99 --dst 1.1.1.1
   bauta explain --src 10.0.1.99:34520 --dst 1.1.1.1:53 --proto udp
   bauta explain --src [fd00:10::2]:34520 --dst [2606:4700::1]:443 -o json

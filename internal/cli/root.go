@@ -24,6 +24,7 @@ an agent.`,
 		a.newAgent(), a.newStatus(), a.newExplain(), a.newBPF(), a.newConfig(), a.newCleanup(), a.newDemo(), a.newVersion(), a.newCompletion())
 	root.Example = `  bauta agent --pod-cidrs 10.0.0.0/16
   bauta status
+  bauta explain --src 10.0.1.99 --dst 1.1.1.1
   bauta bpf nat list --pod 10.0.1.99`
 	root.SilenceErrors = true
 	root.SilenceUsage = true
