@@ -12,7 +12,9 @@ import (
 )
 
 // version is set by release builds: -ldflags "-X bauta.dev/bauta/internal/cli.version=v1.2.3".
-var version string
+// commit is set by builds without Git's stamp (-buildvcs=false), which depends on the clone's tags;
+// it ends in "-dirty" if there were local changes.
+var version, commit string
 
 // versionInfo is what this binary was made of.
 type versionInfo struct {
@@ -36,6 +38,9 @@ func (a *app) version() versionInfo {
 				v.Modified = s.Value == "true"
 			}
 		}
+	}
+	if commit != "" {
+		v.Commit, v.Modified = strings.CutSuffix(commit, "-dirty")
 	}
 	v.Version = cmp.Or(v.Version, "devel")
 	return v
