@@ -6,7 +6,7 @@ ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check lint test kernels fuzz bench demo ci ci-generated
+.PHONY: help build image generate check lint test kernels fuzz bench demo ci ci-generated
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +14,11 @@ help: ## this list
 build: ## the static binary ./bauta
 	@tools/need demo
 	go build -buildvcs=auto $(GOFLAGS_BUILD) -o bauta ./cmd/bauta
+
+image: ## OCI archives of both architectures in dist/, with their SBOMs
+	@tools/need demo
+	@mkdir -p dist
+	for arch in amd64 arm64; do go run ./packaging/image -o dist/bauta-$$arch.tar -arch $$arch -version "$(VERSION)" || exit 1; done
 
 demo: build ## the main job, proved in network namespaces on this machine (root, 20 s)
 	./bauta demo
@@ -32,7 +37,7 @@ check: ## what needs no privileges: vet, lint, unit tests (under 1 minute)
 
 lint: ## gofmt, staticcheck, clang-format, shellcheck
 	@tools/need lint
-	@test -z "$$(gofmt -l cmd internal test)" || { gofmt -l cmd internal test; echo "run gofmt -w on these"; exit 1; }
+	@test -z "$$(gofmt -l cmd internal packaging test)" || { gofmt -l cmd internal packaging test; echo "run gofmt -w on these"; exit 1; }
 	go tool -modfile=tools/go.mod staticcheck ./...
 	clang-format-19 --dry-run --Werror bpf/*.c bpf/*.h
 	shellcheck tools/need .ci/run $(wildcard test/kernels/run test/kernels/fetch)

@@ -33,7 +33,7 @@ var fences = []fence{
 	{"k8s.io/", nil, "no package talks to Kubernetes yet; the one that will is the only one to carry client-go's weight"},
 	{"github.com/cilium/ebpf", []string{"datapath"}, "every BPF object has one owner"},
 	{"github.com/vishvananda/", []string{"datapath", "devices", "iptables", "conntrack", "lab"}, "the kernel's network state enters as values, read in one place"},
-	{"os/exec", []string{"lab", "demo", "iptables", "test/kernels"}, "the agent runs in an image without tools; only iptables mode needs one"},
+	{"os/exec", []string{"lab", "demo", "iptables", "test/kernels", "packaging/image"}, "the agent runs in an image without tools; only iptables mode needs one"},
 	{"github.com/fsnotify/", []string{"filewatch"}, "how file changes are noticed is nobody else's affair"},
 	{"github.com/spf13/", []string{"cli"}, "options come from config; flags are one of its sources"},
 	{"testing", []string{"lab/labtest"}, "a test helper is a package of its own, so that the binary has none"},
