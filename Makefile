@@ -15,10 +15,11 @@ build: ## the static binary ./bauta
 	@tools/need demo
 	go build -buildvcs=auto $(GOFLAGS_BUILD) -o bauta ./cmd/bauta
 
-image: ## OCI archives of both architectures in dist/, with their SBOMs
-	@tools/need demo
+image: ## OCI archives in dist/: both variants, both architectures, with SBOMs
+	@tools/need image
 	@mkdir -p dist
-	for arch in amd64 arm64; do go run ./packaging/image -o dist/bauta-$$arch.tar -arch $$arch -version "$(VERSION)" || exit 1; done
+	for variant in ebpf iptables; do for arch in amd64 arm64; do \
+		go run ./packaging/image -o dist/bauta-$$variant-$$arch.tar -variant $$variant -arch $$arch -version "$(VERSION)" || exit 1; done; done
 
 demo: build ## the main job, proved in network namespaces on this machine (root, 20 s)
 	./bauta demo

@@ -21,7 +21,7 @@ const (
 // variants say what there is besides the agent.
 var variants = map[string]struct{ title, description, licenses string }{
 	ebpf:     {"Bauta", description, ownLicense},
-	iptables: {"Bauta, with iptables", description + "; with the tools of iptables mode", ownLicense + " AND GPL-2.0-or-later AND LGPL-2.1-or-later"},
+	iptables: {"Bauta, with iptables", description + "; with the tools of iptables mode", ownLicense + " AND GPL-2.0-only AND GPL-2.0-or-later AND LGPL-2.1-or-later"},
 }
 
 // write makes the archive and its SBOMs.
@@ -113,6 +113,20 @@ func (r *request) collect(ctx context.Context, arch string, s source) (content, 
 	}
 	doc := newDocument(s, r.variant, arch, binary)
 	doc.addModules(mods)
+	if r.variant == iptables {
+		l, err := readLock(lockText)
+		if err != nil {
+			return content{}, err
+		}
+		files, err := fetchPackages(ctx, l, arch)
+		if err != nil {
+			return content{}, err
+		}
+		if err := addTools(ctx, c.base, arch, l.of(arch), files); err != nil {
+			return content{}, err
+		}
+		doc.addPackages(l.of(arch))
+	}
 	if c.sbom, err = json.MarshalIndent(doc, "", "  "); err != nil {
 		return content{}, err
 	}

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"bauta.dev/bauta/internal/advice"
 )
@@ -72,7 +73,8 @@ func usagef(format string, args ...any) error {
 
 func command(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var r request
-	var arch, check string
+	var arch, check, unpack string
+	var update bool
 	flags := flag.NewFlagSet("image", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&r.out, "o", "", "write the archive to `FILE`, and its SBOM to FILE.spdx.json")
@@ -82,9 +84,14 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	flags.StringVar(&r.ref, "ref", "", "`NAME:TAG` that containerd gives the image (default "+repository+":VERSION, with -iptables for that variant)")
 	flags.StringVar(&r.root, "root", ".", "`FOLDER` of the module")
 	flags.StringVar(&check, "check", "", "check every digest and file of the archive `FILE`, and say what is in it")
-	switch err := flags.Parse(args); {
+	flags.StringVar(&unpack, "unpack", "", "with -check: write the image's files to the new `FOLDER`")
+	flags.BoolVar(&update, "update-packages", false, "write the newest versions of Debian's packages to "+lockFile)
+	given := map[string]bool{}
+	err := flags.Parse(args)
+	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprintln(stdout, "usage: go run ./packaging/image -o FILE [flags]\n       go run ./packaging/image -check FILE")
+		fmt.Fprintln(stdout, "usage: go run ./packaging/image -o FILE [flags]\n       go run ./packaging/image -check FILE [-unpack FOLDER]\n       go run ./packaging/image -update-packages")
 		flags.SetOutput(stdout)
 		flags.PrintDefaults()
 		return err
@@ -92,14 +99,16 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return usagef("%w", err)
 	case flags.NArg() > 0:
 		return usagef("argument %q is not a flag", flags.Arg(0))
-	case check != "" && flags.NFlag() > 1:
-		return usagef("-check goes with no other flag")
+	case update && len(given) > 1:
+		return usagef("-update-packages goes with no other flag")
+	case update:
+		return updateLock(ctx, r.root, time.Now())
+	case unpack != "" && check == "":
+		return usagef("-unpack needs -check FILE")
+	case check != "" && (len(given) > 2 || len(given) == 2 && unpack == ""):
+		return usagef("-check goes with -unpack only")
 	case check != "":
-		a, err := readArchive(check)
-		if err != nil {
-			return err
-		}
-		return a.describe(stdout)
+		return checkArchive(check, unpack, stdout)
 	}
 	r.archs = strings.Split(arch, ",")
 	if err := r.validate(); err != nil {
@@ -108,9 +117,18 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if err := r.write(ctx, stderr); err != nil {
 		return err
 	}
-	a, err := readArchive(r.out)
+	return checkArchive(r.out, "", stdout)
+}
+
+func checkArchive(file, unpack string, stdout io.Writer) error {
+	a, err := readArchive(file)
 	if err != nil {
-		return fmt.Errorf("%s, as written: %w", r.out, err)
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	if unpack != "" {
+		if err := a.unpack(unpack); err != nil {
+			return err
+		}
 	}
 	return a.describe(stdout)
 }

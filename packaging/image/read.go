@@ -141,6 +141,9 @@ func (r reader) image(d descriptor) (openedImage, error) {
 			return i, fmt.Errorf("layer %d: %w", n+1, err)
 		}
 	}
+	if err := i.files.checkPrograms(i.config.Architecture); err != nil {
+		return i, err
+	}
 	return i, i.checkEntry()
 }
 

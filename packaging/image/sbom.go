@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"net/url"
 	"regexp"
 	"time"
 )
@@ -131,5 +132,16 @@ func (d *document) addModules(list []goModule) {
 			p.SourceInfo = "go.sum " + m.sum
 		}
 		d.add("Go", p, idBinary, "STATIC_LINK")
+	}
+}
+
+// addPackages adds the packages whose files are in the image.
+func (d *document) addPackages(list []debPackage) {
+	for _, p := range list {
+		d.add("Debian", spdxPackage{
+			Name: p.name, Version: p.version, Supplier: "Organization: Debian", Download: noAssertion, LicenseDeclared: debianLicenses[p.name],
+			SourceInfo: "a part of the package's files", Checksums: []checksum{{"SHA256", p.sha256}}, Purpose: "LIBRARY",
+			Refs: []externalRef{{"PACKAGE-MANAGER", "purl", "pkg:deb/debian/" + p.name + "@" + url.QueryEscape(p.version) + "?arch=" + p.arch + "&distro=" + suite}},
+		}, idImage, "CONTAINS")
 	}
 }
