@@ -56,31 +56,34 @@ func modules(ctx context.Context, root string, binary []byte) ([]goModule, error
 func goTool(ctx context.Context, root string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly", "GOWORK=off")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOFLAGS=-mod=readonly", "GOWORK=off")
 	return output(cmd)
 }
 
-// moduleDirs says where the modules of the build are unpacked.
+// moduleDirs says where the modules of the build are unpacked. Others of the graph need not be there.
 func moduleDirs(ctx context.Context, root string) (map[string]string, error) {
-	out, err := goTool(ctx, root, "list", "-m", "-json=Path,Dir,Replace", "all")
+	out, err := goTool(ctx, root, "list", "-deps", "-json=Module", "./cmd/bauta")
 	if err != nil {
 		return nil, err
 	}
 	dirs := make(map[string]string)
 	for dec := json.NewDecoder(strings.NewReader(out)); ; {
-		var m struct {
-			Path, Dir string
-			Replace   *struct{ Path string }
+		var p struct {
+			Module *struct {
+				Path, Dir string
+				Replace   *struct{ Path string }
+			}
 		}
-		switch err := dec.Decode(&m); {
+		switch err := dec.Decode(&p); {
 		case errors.Is(err, io.EOF):
 			return dirs, nil
 		case err != nil:
 			return nil, fmt.Errorf("go list: %w", err)
-		case m.Replace != nil:
-			dirs[m.Replace.Path] = m.Dir
+		case p.Module == nil: // of the Go library
+		case p.Module.Replace != nil:
+			dirs[p.Module.Replace.Path] = p.Module.Dir
 		default:
-			dirs[m.Path] = m.Dir
+			dirs[p.Module.Path] = p.Module.Dir
 		}
 	}
 }

@@ -134,18 +134,23 @@ APT::Architecture "amd64"; APT::Architectures { "amd64"; "arm64"; }; APT::Sandbo
 		m = strings.TrimSuffix(own, "/")
 		conf += `Acquire::Check-Valid-Until "false";` + "\n" // an old snapshot; digests are checked
 	}
-	var sources strings.Builder
-	fmt.Fprintf(&sources, "deb [signed-by=%s] %s %s main\n", keyring, m, suite)
-	if m == mirror {
-		fmt.Fprintf(&sources, "deb [signed-by=%s] %s-security %s-security main\n", keyring, m, suite)
-	}
-	for name, text := range map[string]string{"apt.conf": conf, "status": "", "etc/sources.list": sources.String()} {
+	sources := fmt.Sprintf("deb [signed-by=%[1]s] %[2]s %[3]s main\ndeb [signed-by=%[1]s] %[4]s %[3]s-security main\n",
+		keyring, m, suite, securityMirror(m))
+	for name, text := range map[string]string{"apt.conf": conf, "status": "", "etc/sources.list": sources} {
 		if err := os.WriteFile(filepath.Join(a.dir, name), []byte(text), 0o644); err != nil {
 			return err
 		}
 	}
 	_, err := a.run(ctx, a.dir, "apt-get", "-qq", "update")
 	return err
+}
+
+// securityMirror stands beside the archive's, on mirrors and in the snapshots.
+func securityMirror(m string) string {
+	if before, after, ok := strings.Cut(m+"/", "/debian/"); ok {
+		return strings.TrimSuffix(before+"/debian-security/"+after, "/")
+	}
+	return m + "-security"
 }
 
 func (a *aptRoot) run(ctx context.Context, dir, tool string, args ...string) (string, error) {

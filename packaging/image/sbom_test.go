@@ -9,7 +9,7 @@ import (
 )
 
 // sampleSBOM is that of the test's own binary, with the packages of a real image.
-func sampleSBOM(t *testing.T) (*document, []goModule) {
+func sampleSBOM(t *testing.T) *document {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -30,13 +30,13 @@ func sampleSBOM(t *testing.T) (*document, []goModule) {
 	d := newDocument(source{version: "v1", commit: "c0ffee", date: someDate}, iptables, "arm64", binary)
 	d.addModules(mods)
 	d.addPackages(l.of("arm64"))
-	return d, mods
+	return d
 }
 
 // What SPDX 2.3 asks of a document that is valid, as far as ours uses it.
 func TestSBOMIsValid(t *testing.T) {
-	d, _ := sampleSBOM(t)
-	again, _ := sampleSBOM(t)
+	d := sampleSBOM(t)
+	again := sampleSBOM(t)
 	a, err := json.Marshal(d)
 	if err != nil {
 		t.Fatal(err)
@@ -82,7 +82,7 @@ func TestSBOMIsValid(t *testing.T) {
 }
 
 func TestSBOMNamesEverything(t *testing.T) {
-	d, mods := sampleSBOM(t)
+	d := sampleSBOM(t)
 	got := map[string]spdxPackage{}
 	for _, p := range d.Packages {
 		got[p.Name] = p
@@ -94,11 +94,6 @@ func TestSBOMNamesEverything(t *testing.T) {
 		p := got[name]
 		if len(p.Checksums) != 1 || len(p.Checksums[0].Value) != 64 || p.LicenseDeclared == noAssertion || !strings.HasSuffix(p.Refs[0].Locator, "?arch=arm64&distro=trixie") {
 			t.Errorf("%s: %+v", name, p)
-		}
-	}
-	for _, m := range mods {
-		if m.license() == noAssertion {
-			t.Errorf("%s: license unknown; its text is none of those in licensePhrases", m.path)
 		}
 	}
 }
@@ -114,23 +109,6 @@ func TestLicense(t *testing.T) {
 	} {
 		if got := (goModule{texts: texts}).license(); got != want {
 			t.Errorf("%s, want %s", got, want)
-		}
-	}
-}
-
-func TestLock(t *testing.T) {
-	l, err := readLock(lockText)
-	if err != nil || l.date == "" {
-		t.Fatalf("%+v, %v", l, err)
-	}
-	for _, arch := range []string{"amd64", "arm64"} {
-		if got := len(l.of(arch)); got != len(debianLicenses) {
-			t.Errorf("%s: %d packages, want %d", arch, got, len(debianLicenses))
-		}
-	}
-	for _, line := range []string{"libc6 1 amd64 abc", "unheard-of 1 amd64 " + strings.Repeat("a", 64), "libc6"} {
-		if _, err := readLock(line); err == nil {
-			t.Errorf("%q: taken", line)
 		}
 	}
 }
