@@ -1,0 +1,335 @@
+package nodes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+)
+
+// timing of what goes on with the API server; tests shorten it.
+type timing struct {
+	answer   time.Duration // a request or a list that gives nothing for so long has stalled
+	quiet    time.Duration // so has a watch: a server sends a bookmark each minute
+	settle   time.Duration // a watch that is open for so long works
+	watch    time.Duration // how long a watch is asked for: once to twice this
+	retry    time.Duration // first pause after an error; doubles
+	maxRetry time.Duration
+}
+
+var defaultTiming = timing{
+	answer:   30 * time.Second,
+	quiet:    4 * time.Minute,
+	settle:   2 * time.Second,
+	watch:    5 * time.Minute,
+	retry:    500 * time.Millisecond,
+	maxRetry: 30 * time.Second,
+}
+
+var (
+	errStalled = errors.New("the API server says nothing")
+	errEmpty   = errors.New("the API server lists no node at all, not even this one: not believed")
+	// errNoStream says that a server does not send what there is as the beginning of a watch
+	// (before Kubernetes 1.32, or switched off).
+	errNoStream = errors.New("no initial events")
+)
+
+// follower is where we are in the history of the Node objects.
+type follower struct {
+	*Client
+	version string // known up to here; empty: nothing
+	listed  bool   // what is known is complete: a watch from version goes on with it
+	list    bool   // the server has no initial events
+	settled bool   // the last session worked
+	once    bool   // something was listed once
+}
+
+// follow keeps the state like the cluster until ctx is done.
+func (c *Client) follow(ctx context.Context) {
+	f := &follower{Client: c}
+	pause := time.Duration(0)
+	for ctx.Err() == nil {
+		f.settled = false
+		err := f.session(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if f.settled {
+			pause = 0
+		}
+		if err == nil && f.settled {
+			continue // a server ends each watch after some time
+		}
+		if err == nil {
+			err = errors.New("the watch ended at once")
+		}
+		if errors.Is(err, errNoStream) && !f.list {
+			f.list = true
+			c.log.Debug("the API server has no initial events, listing instead", "error", err)
+			continue
+		}
+		f.forget(err)
+		pause = min(max(2*pause, c.timing.retry), c.timing.maxRetry)
+		wait := time.Duration(float64(pause) * (0.5 + rand.Float64())) // not all nodes at once
+		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
+			wait = max(wait, min(time.Duration(seconds)*time.Second, c.timing.maxRetry))
+		}
+		c.log.Debug("nodes not watched, retrying", "error", err, "after", wait)
+		c.state.fail(brief(err))
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// forget drops the version if the server can't go on from there. What is known stays.
+func (f *follower) forget(err error) {
+	switch {
+	case apierrors.IsResourceExpired(err), apierrors.IsGone(err):
+		if !f.listed { // not even a list that is newer is to be had
+			f.version = ""
+		}
+		f.listed = false
+	case apierrors.HasStatusCause(err, metav1.CauseTypeResourceVersionTooLarge), apierrors.IsInvalid(err), apierrors.IsBadRequest(err):
+		f.listed, f.version = false, "" // a server with another history
+	}
+}
+
+// session lists what has to be listed, and watches until something ends that. A watch may
+// begin with what there is.
+func (f *follower) session(ctx context.Context) error {
+	if !f.listed && f.list {
+		if err := f.listAll(ctx); err != nil {
+			return err
+		}
+	}
+	return f.watch(ctx)
+}
+
+// brief is an error without what differs from time to time, such as the port of this side, and
+// without the address that was asked for, which is in the configuration.
+func brief(err error) string {
+	text := err.Error()
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		text = strings.Replace(text, e.Error(), e.Err.Error(), 1)
+	}
+	if e, ok := errors.AsType[*net.OpError](err); ok && e.Source != nil {
+		plain := *e
+		plain.Source = nil
+		text = strings.Replace(text, e.Error(), plain.Error(), 1)
+	}
+	return text
+}
+
+// deadline cancels a context when it was not put off in time.
+type deadline struct {
+	timer  *time.Timer
+	cancel context.CancelCauseFunc
+}
+
+func newDeadline(ctx context.Context, after time.Duration) (context.Context, *deadline) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	d := &deadline{cancel: cancel}
+	d.timer = time.AfterFunc(after, func() { cancel(fmt.Errorf("%w for %s", errStalled, after)) })
+	return ctx, d
+}
+
+func (d *deadline) put(after time.Duration) { d.timer.Reset(after) }
+
+func (d *deadline) close() {
+	d.timer.Stop()
+	d.cancel(nil)
+}
+
+// cause is why a request under a deadline ended.
+func cause(ctx context.Context, err error) error {
+	if c := context.Cause(ctx); errors.Is(c, errStalled) {
+		return c
+	}
+	return err
+}
+
+// request begins a request for Nodes. Retries are ours: those of the library would hide why.
+func (f *follower) request() *rest.Request {
+	return f.rest.Get().Resource("nodes").MaxRetries(0)
+}
+
+// listAll reads a complete list, from the server's cache where it has one.
+func (f *follower) listAll(ctx context.Context) error {
+	ctx, quiet := newDeadline(ctx, f.timing.answer)
+	defer quiet.close()
+	req := f.request()
+	switch {
+	case f.version != "":
+		req.Param("resourceVersion", f.version) // or newer
+	case !f.once:
+		req.Param("resourceVersion", "0")
+	}
+	body, err := req.Stream(ctx)
+	if err != nil {
+		return fmt.Errorf("list nodes: %w", cause(ctx, err))
+	}
+	defer body.Close()
+	list := make(map[string]*node)
+	version, err := readList(putOff{body, quiet, f.timing.answer}, func(n *node) { list[n.name] = n })
+	if err != nil {
+		return fmt.Errorf("list nodes: %w", cause(ctx, err))
+	}
+	return f.take(list, version)
+}
+
+// putOff puts a deadline off with each read.
+type putOff struct {
+	io.Reader
+	quiet *deadline
+	after time.Duration
+}
+
+func (p putOff) Read(b []byte) (int, error) {
+	n, err := p.Reader.Read(b)
+	if n > 0 {
+		p.quiet.put(p.after)
+	}
+	return n, err
+}
+
+// take puts a complete list in force.
+func (f *follower) take(list map[string]*node, version string) error {
+	if len(list) == 0 {
+		return errEmpty
+	}
+	f.state.replace(list)
+	f.version, f.listed, f.once = version, true, true
+	f.log.Debug("nodes listed", "nodes", len(list))
+	return nil
+}
+
+// watch follows events from the version on, or begins with what there is.
+func (f *follower) watch(ctx context.Context) error {
+	initial := !f.listed
+	ctx, quiet := newDeadline(ctx, f.timing.answer)
+	defer quiet.close()
+	seconds := f.timing.watch.Seconds() * (1 + rand.Float64())
+	req := f.request().Param("watch", "true").Param("allowWatchBookmarks", "true").
+		Param("timeoutSeconds", strconv.Itoa(max(1, int(seconds))))
+	if initial {
+		req.Param("sendInitialEvents", "true").Param("resourceVersionMatch", "NotOlderThan")
+	}
+	if f.version != "" {
+		req.Param("resourceVersion", f.version)
+	}
+	w, err := req.Watch(ctx)
+	if err != nil {
+		err = fmt.Errorf("watch nodes: %w", cause(ctx, err))
+		if initial && (apierrors.IsInvalid(err) || apierrors.IsBadRequest(err)) {
+			err = fmt.Errorf("%w: %w", errNoStream, err)
+		}
+		return err
+	}
+	defer w.Stop()
+	if initial {
+		if err := f.begin(ctx, w, quiet); err != nil {
+			return err
+		}
+	}
+	return f.goOn(ctx, w, quiet)
+}
+
+// begin collects what there is until the server says that this was all.
+func (f *follower) begin(ctx context.Context, w watch.Interface, quiet *deadline) error {
+	list := make(map[string]*node)
+	for {
+		quiet.put(f.timing.answer)
+		e, ok := <-w.ResultChan()
+		if !ok {
+			err := cause(ctx, io.ErrUnexpectedEOF)
+			if errors.Is(err, errStalled) && len(list) > 0 {
+				return fmt.Errorf("%w: %w", errNoStream, err)
+			}
+			return fmt.Errorf("list nodes: %w", err)
+		}
+		n, err := f.object(e)
+		if err != nil {
+			if apierrors.IsInvalid(err) || apierrors.IsBadRequest(err) {
+				err = fmt.Errorf("%w: %w", errNoStream, err)
+			}
+			return fmt.Errorf("list nodes: %w", err)
+		}
+		switch e.Type {
+		case watch.Added, watch.Modified:
+			list[n.name] = n
+		case watch.Deleted:
+			delete(list, n.name)
+		case watch.Bookmark:
+			if !n.initialEnd {
+				return errNoStream // an old one, that did not see what we asked for
+			}
+			return f.take(list, n.version)
+		}
+	}
+}
+
+// goOn follows events until the watch ends.
+func (f *follower) goOn(ctx context.Context, w watch.Interface, quiet *deadline) error {
+	settled := time.NewTimer(f.timing.settle)
+	defer settled.Stop()
+	quiet.put(f.timing.quiet)
+	for {
+		select {
+		case <-settled.C:
+			f.settled = true
+			f.state.heard()
+		case e, ok := <-w.ResultChan():
+			if !ok {
+				return cause(ctx, nil)
+			}
+			n, err := f.object(e)
+			if err != nil {
+				return fmt.Errorf("watch nodes: %w", err)
+			}
+			quiet.put(f.timing.quiet)
+			f.settled = true
+			f.apply(e.Type, n)
+		}
+	}
+}
+
+// apply takes an event.
+func (f *follower) apply(typ watch.EventType, n *node) {
+	f.version = n.version
+	switch typ {
+	case watch.Added, watch.Modified:
+		f.state.put(n)
+	case watch.Deleted:
+		f.state.remove(n.name)
+	case watch.Bookmark:
+		f.state.heard()
+	}
+}
+
+// object is the Node of an event.
+func (f *follower) object(e watch.Event) (*node, error) {
+	if e.Type == watch.Error {
+		return nil, apierrors.FromObject(e.Object)
+	}
+	n, ok := e.Object.(*node)
+	switch {
+	case !ok:
+		return nil, fmt.Errorf("event %s with an object of type %T", e.Type, e.Object)
+	case n.version == "", n.name == "" && e.Type != watch.Bookmark:
+		return nil, fmt.Errorf("event %s with a Node without name or resource version", e.Type)
+	}
+	return n, nil
+}
