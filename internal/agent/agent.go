@@ -31,6 +31,7 @@ import (
 	"bauta.dev/bauta/internal/filewatch"
 	"bauta.dev/bauta/internal/ipmasq"
 	"bauta.dev/bauta/internal/iptables"
+	"bauta.dev/bauta/internal/nodes"
 )
 
 // Default places of what the agent leaves for others.
@@ -60,9 +61,10 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	datapathLog, devicesLog, filesLog := log.With("component", "datapath"), log.With("component", "devices"), log.With("component", "filewatch")
+	datapathLog, devicesLog, filesLog, nodesLog := log.With("component", "datapath"), log.With("component", "devices"), log.With("component", "filewatch"), log.With("component", "nodes")
 	log = log.With("component", "agent")
-	if err := supported(cfg); err != nil {
+	kube, err := openKube(cfg, opt.Version, nodesLog)
+	if err != nil {
 		return err
 	}
 	if _, err := os.Stat(runDir); errors.Is(err, fs.ErrNotExist) {
@@ -75,7 +77,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 		return err
 	}
 	l := newLoop(cfg, opt, runDir, log)
-	if err := l.open(ctx, root, datapathLog); err != nil {
+	if err := l.open(ctx, root, kube, datapathLog); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.kernel.Close()) }()
@@ -85,6 +87,9 @@ func Run(ctx context.Context, opt Options) (err error) {
 	}
 	l.readNetwork, l.readReserved, l.readForeign = devices.Read, reservedPorts, foreign
 	l.facts.noIPv6 = !hasIPv6()
+	if kube != nil {
+		l.kube = kube
+	}
 	service := newSystemd(os.Getenv)
 	defer service.close()
 	l.systemd = service
@@ -95,6 +100,9 @@ func Run(ctx context.Context, opt Options) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return l.run(ctx) })
 	group.Go(func() error { return devices.Watch(ctx, devicesLog, l.signals.network.put) })
+	if kube != nil {
+		group.Go(func() error { return kube.Watch(ctx, l.signals.kube.put) })
+	}
 	l.watchFiles(ctx, group, filesLog)
 	group.Go(func() error { return serve(ctx, listener, runDir, l.status(), log) })
 	group.Go(func() error {
@@ -129,9 +137,12 @@ func (l *loop) watchFiles(ctx context.Context, group *errgroup.Group, log *slog.
 // open takes possession of what the mode has in the kernel, and reads what an earlier
 // agent left, of either mode. A data plane of the other mode is taken over from: see
 // changeover.
-func (l *loop) open(ctx context.Context, root string, log *slog.Logger) error {
-	var err error
-	if l.taking, err = findTakeOver(ctx, l.cfg, root, l.runDir, l.log); err != nil {
+func (l *loop) open(ctx context.Context, root string, kube *nodes.Client, log *slog.Logger) error {
+	own, err := ownSources(ctx, l.cfg, kube)
+	if err != nil {
+		return err
+	}
+	if l.taking, err = findTakeOver(ctx, l.cfg, own, root, l.runDir, l.log); err != nil {
 		return err
 	}
 	open := l.openRules
@@ -222,7 +233,7 @@ func foreign(ctx context.Context, sources []netip.Prefix) ([]iptables.ForeignRul
 func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *loop {
 	l := &loop{
 		cfg: cfg, runDir: runDir, log: log, systemd: &systemd{}, timing: defaultTiming,
-		signals: signals{newSlot(), newSlot(), newSlot(), newSlot(), opt.Reload},
+		signals: signals{newSlot(), newSlot(), newSlot(), newSlot(), newSlot(), opt.Reload},
 		options: &optionFiles{running: cfg, sources: opt.ConfigSources},
 		agent:   AgentStatus{State: Running, PID: os.Getpid(), Version: opt.Version, Started: time.Now()},
 	}
@@ -242,19 +253,24 @@ func (l *loop) status() func() (Status, error) {
 		k, err := l.inspect()
 		switch {
 		case isNone(err): // rules are there from the first apply on
-			return l.published.Load().status(time.Now(), nil)
+			k = nil
 		case err != nil:
 			return Status{}, err
+		default:
+			defer k.Close()
 		}
-		defer k.Close()
-		return l.published.Load().status(time.Now(), k)
+		s, err := l.published.Load().status(time.Now(), k)
+		s.Kubernetes = kubeStatus(l.cfg, l.kube)
+		return s, err
 	}
 }
 
-// supported refuses options that this release has no code for: none is silently ignored.
-func supported(cfg config.Config) error {
-	if cfg.K8s {
-		return advice.New(errors.New("enable-k8s: not in this release"), "give the pod range of this node with pod-cidrs, and other nodes with nodes-file")
+// openKube is nil without Kubernetes.
+func openKube(cfg config.Config, version string, log *slog.Logger) (*nodes.Client, error) {
+	if !cfg.K8s {
+		return nil, nil
 	}
-	return nil
+	return nodes.Open(nodes.Options{
+		Kubeconfig: cfg.Kubeconfig, NodeName: cfg.NodeName, UserAgent: "bauta/" + orDefault(version, "unknown"), Log: log,
+	})
 }

@@ -27,7 +27,7 @@ type foreignFound struct {
 // lookForForeign starts a look at the rules of others, beside the loop: with thousands
 // of them it takes longer than a policy may wait.
 func (l *loop) lookForForeign(ctx context.Context) {
-	if l.readForeign == nil || !l.foreign.due || l.foreign.looking {
+	if l.readForeign == nil || !l.foreign.due || l.foreign.looking || l.agent.Waiting != "" {
 		return
 	}
 	l.foreign.due, l.foreign.looking = false, true

@@ -17,7 +17,8 @@ type facts struct {
 	ports    []uint16          // the external ones
 	nonMasq  []policy.Rule     // the ip-masq-agent list in force
 	nodes    []policy.NodeAddr // those of the nodes-file in force
-	noIPv6   bool              // the kernel has no IPv6
+	kube     kubeFacts
+	noIPv6   bool // the kernel has no IPv6
 }
 
 // wanted is what options and facts amount to.
@@ -30,7 +31,8 @@ type wanted struct {
 
 // assemble is pure: the same options and facts give the same result.
 func assemble(cfg config.Config, f facts) wanted {
-	sources := cfg.SourceRules(nil)
+	own := ownRules(cfg, f.kube)
+	sources := cfg.SourceRules(own)
 	sel := devices.Select(f.network, devices.Options{
 		Patterns:  patterns(cfg.MasqueradeDevices()),
 		Forwarded: cfg.MasqueradeForwarded,
@@ -43,7 +45,7 @@ func assemble(cfg config.Config, f facts) wanted {
 		IPv4:             cfg.IPv4,
 		IPv6:             cfg.IPv6 && !f.noIPv6,
 		HostAddrs:        sel.HostAddrs,
-		Nodes:            slices.Concat(cfg.NodeAddresses, f.nodes),
+		Nodes:            slices.Concat(cfg.NodeAddresses, f.nodes, others(f.kube.nodes, sel.HostAddrs)),
 		RemoteNodes:      cfg.RemoteNodes,
 		UnknownProtocols: cfg.UnknownProtocols,
 		Devices:          sel.PolicyDevices(),
@@ -55,7 +57,8 @@ func assemble(cfg config.Config, f facts) wanted {
 	}
 	// What concerns a family that is off is not in force, so nobody lists it.
 	in.Sources = ofFamilies(sources, in.IPv4, in.IPv6)
-	in.Native = ofFamilies(cfg.NativeRules(nil), in.IPv4, in.IPv6)
+	in.Native = ofFamilies(cfg.NativeRules(own), in.IPv4, in.IPv6)
+	in.Pods = ofFamilies(f.kube.pods, in.IPv4, in.IPv6)
 	in.NonMasq = ofFamilies(f.nonMasq, in.IPv4, in.IPv6)
 	w := wanted{
 		mode: modeOf(cfg.BPF), input: in, selection: sel,
@@ -71,7 +74,7 @@ func assemble(cfg config.Config, f facts) wanted {
 
 // sourceState says whether a family masquerades anything (2.6). masquerade-forwarded
 // gives every family a source range, so there it is a default route that counts,
-// unless pod-cidrs names a range of the family.
+// unless pod-cidrs or the Node object names a range of the family.
 func sourceState(cfg config.Config, on bool, ranges []policy.Rule, defaultRoute bool) SourceState {
 	switch {
 	case !on:
@@ -82,7 +85,10 @@ func sourceState(cfg config.Config, on bool, ranges []policy.Rule, defaultRoute 
 		return SourcesUsed
 	}
 	is4 := ranges[0].Prefix.Addr().Is4()
-	if slices.ContainsFunc(cfg.PodCIDRs, func(r policy.Rule) bool { return r.Prefix.Addr().Is4() == is4 }) {
+	named := func(r policy.Rule) bool {
+		return r.Prefix.Addr().Is4() == is4 && r.Origin != config.ForwardedOrigin
+	}
+	if slices.ContainsFunc(ranges, named) {
 		return SourcesUsed
 	}
 	return SourcesUnused

@@ -77,8 +77,16 @@ func (s Status) Degraded() []string {
 		add("policy not applied: %s", s.Agent.Error)
 	case s.Agent.AttachError != "":
 		add("%s", s.Agent.AttachError)
+	case s.Agent.Waiting != "":
+		add("%s", s.Agent.Waiting)
 	case s.Agent.State == Running && !s.Agent.Ready:
 		add("no policy applied yet")
+	}
+	if k := s.Kubernetes; k != nil && k.Problem != "" {
+		add("%s", k.Problem)
+	}
+	if k := s.Kubernetes; k != nil && k.Error != "" && !s.Agent.Ready {
+		add("API server: %s", k.Error)
 	}
 	if s.Ports.Error != "" {
 		add("%s", s.Ports.Error)

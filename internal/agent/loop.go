@@ -31,8 +31,8 @@ func (s slot) put() {
 
 // signals are what the watchers tell the loop.
 type signals struct {
-	network, ipMasq, nodes, options slot
-	reload                          <-chan struct{}
+	network, ipMasq, nodes, options, kube slot
+	reload                                <-chan struct{}
 }
 
 // timing of the loop; tests shorten it.
@@ -72,6 +72,7 @@ type loop struct {
 	inspect      func() (inspector, error) // what kernel made
 	readNetwork  func() (devices.Snapshot, error)
 	readReserved func() ([]config.PortRange, error)
+	kube         cluster                                                               // nil: without Kubernetes
 	readForeign  func(context.Context, []netip.Prefix) ([]iptables.ForeignRule, error) // nil: never
 	earlier      earlier
 
@@ -98,16 +99,18 @@ type loop struct {
 	nextWalk   time.Time   // not before, by the clock alone
 	walked     chan walked // its result
 	foreign    foreignRules
-	portsError string   // why the pool is not what it should be
-	warned     []string // that the log has
+	kubeSynced bool      // it was known once
+	nextKube   time.Time // not before, for a change of the cluster
+	portsError string    // why the pool is not what it should be
+	warned     []string  // that the log has
 
 	published atomic.Pointer[view]
 }
 
 // stale says which facts have to be read again.
-type stale struct{ network, reserved, ipMasq, nodes, options bool }
+type stale struct{ network, reserved, ipMasq, nodes, options, kube bool }
 
-var allStale = stale{true, true, true, true, true}
+var allStale = stale{true, true, true, true, true, true}
 
 // clocks are what wakes the loop without news.
 type clocks struct {
@@ -119,6 +122,7 @@ type clocks struct {
 	// that looks: then there is no news of what it holds now. So it is read again
 	// when the watcher has looked (it does so within 200 ms), until it is as before.
 	confirm *time.Timer
+	kube    *time.Timer // what the cluster says is to be read
 }
 
 // soon: the watchers have collected bursts.
@@ -131,6 +135,8 @@ func (l *loop) run(ctx context.Context) error {
 		resync: time.NewTicker(l.timing.resync), sweep: time.NewTicker(l.timing.sweep), health: time.NewTicker(l.timing.health),
 	}
 	c.confirm.Stop()
+	c.kube = time.NewTimer(0)
+	c.kube.Stop()
 	if l.systemd.watchdog > 0 {
 		c.alive = time.Tick(l.systemd.watchdog)
 	}
@@ -163,6 +169,11 @@ func (l *loop) next(ctx context.Context, c *clocks) {
 		fileNews(&l.stale.nodes)
 	case <-l.signals.options:
 		fileNews(&l.stale.options)
+	case <-l.signals.kube:
+		c.kube.Reset(max(0, time.Until(l.nextKube)))
+	case <-c.kube.C:
+		l.stale.kube, l.nextKube = true, time.Now().Add(kubeGap)
+		c.soon()
 	case <-c.confirm.C:
 		l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
 		c.soon()
@@ -246,6 +257,9 @@ func (l *loop) follow(ctx context.Context) error {
 		}
 	}
 	l.wanted = assemble(l.cfg, l.facts)
+	if l.agent.Waiting = l.waits(); l.agent.Waiting != "" {
+		return nil
+	}
 	news := l.inForce == nil || !same(l.wanted.input, l.inForce.input)
 	if !news && !l.force && complete(l.facts.attached, l.wanted.input.Devices) {
 		l.settle()
@@ -279,11 +293,11 @@ func (l *loop) follow(ctx context.Context) error {
 // same tells whether two inputs are equal. The long lists are compared without
 // reflection, which takes longer than all the rest.
 func same(a, b policy.Input) bool {
-	if !slices.Equal(a.NonMasq, b.NonMasq) || !slices.Equal(a.Nodes, b.Nodes) || !slices.Equal(a.Ports, b.Ports) {
+	if !slices.Equal(a.NonMasq, b.NonMasq) || !slices.Equal(a.Nodes, b.Nodes) || !slices.Equal(a.Pods, b.Pods) || !slices.Equal(a.Ports, b.Ports) {
 		return false
 	}
-	a.NonMasq, a.Nodes, a.Ports = nil, nil, nil
-	b.NonMasq, b.Nodes, b.Ports = nil, nil, nil
+	a.NonMasq, a.Nodes, a.Pods, a.Ports = nil, nil, nil, nil
+	b.NonMasq, b.Nodes, b.Pods, b.Ports = nil, nil, nil, nil
 	return reflect.DeepEqual(a, b)
 }
 
@@ -326,10 +340,13 @@ func (l *loop) read() error {
 		l.news = l.nodes.reload(now, l.earlier, l.log) || l.news
 		l.facts.nodes = l.nodes.nodes
 	}
+	if l.stale.kube && l.kube != nil {
+		l.readKube()
+	}
 	if l.stale.options {
 		l.news = l.options.reload(l.log) || l.news
 	}
-	l.stale.ipMasq, l.stale.nodes, l.stale.options = false, false, false
+	l.stale.ipMasq, l.stale.nodes, l.stale.options, l.stale.kube = false, false, false, false
 	if l.stale.network {
 		network, err := l.readNetwork()
 		if err != nil {
@@ -397,7 +414,7 @@ func ownAddrs(in policy.Input) []netip.Addr {
 
 func (l *loop) logApplied(in policy.Input) {
 	l.log.Info("policy applied", "devices", deviceNames(in.Devices), "sources", len(in.Sources),
-		"native", len(in.Native), "prefixes", len(in.NonMasq), "addresses", len(in.Nodes))
+		"native", len(in.Native), "prefixes", len(in.NonMasq), "pods", len(in.Pods), "addresses", len(in.Nodes))
 }
 
 func deviceNames(list []policy.Device) []string {

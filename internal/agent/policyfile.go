@@ -113,10 +113,11 @@ func portRanges(ports []uint16) string {
 
 // same tells whether two files say the same, whenever they were written.
 func (f PolicyFile) same(g PolicyFile) bool {
-	if !slices.Equal(f.NonMasq, g.NonMasq) { // with reflection it takes much longer
+	if !slices.Equal(f.NonMasq, g.NonMasq) || !slices.Equal(f.Pods, g.Pods) || !slices.Equal(f.Nodes, g.Nodes) { // with reflection it takes much longer
 		return false
 	}
-	f.NonMasq, g.NonMasq = nil, nil
+	f.NonMasq, f.Pods, f.Nodes = nil, nil, nil
+	g.NonMasq, g.Pods, g.Nodes = nil, nil, nil
 	f.Written, g.Written = time.Time{}, time.Time{}
 	return reflect.DeepEqual(f, g)
 }

@@ -82,6 +82,7 @@ func (l *loop) warnings() []string {
 		list = append(list, l.kernel.Warnings()...)
 	}
 	list = append(list, l.foreign.warnings...)
+	list = append(list, l.kubeWarnings()...)
 	if l.cfg.IPv6 && l.facts.noIPv6 {
 		list = append(list, "IPv6: this kernel has none")
 	}
@@ -127,6 +128,8 @@ func configWarnings(cfg config.Config) []string {
 // summary is one line for the service manager.
 func (v *view) summary() string {
 	switch {
+	case v.agent.Waiting != "":
+		return "waiting: " + v.agent.Waiting
 	case v.agent.Error != "":
 		return "policy not applied: " + v.agent.Error
 	case v.file.State4 == SourcesOff && v.file.State6 == SourcesOff:

@@ -17,6 +17,7 @@ type Status struct {
 	Sources      Sources           `json:"sources"`
 	IPMasqAgent  IPMasqStatus      `json:"ipMasqAgent"`
 	Nodes        NodesStatus       `json:"nodes"`
+	Kubernetes   *KubernetesStatus `json:"kubernetes,omitempty"` // of the running agent, with enable-k8s
 	Flows        Flows             `json:"flows"`
 	Ports        PortsStatus       `json:"ports"`
 	Leaks        LeaksStatus       `json:"leaks"`
@@ -74,6 +75,8 @@ type AgentStatus struct {
 	UptimeSeconds int64      `json:"uptimeSeconds,omitempty"` // only when running
 	Ready         bool       `json:"ready"`                   // a policy of this agent is in force, on at least one device if it has any
 	LastApply     time.Time  `json:"lastApply,omitzero"`
+	// Waiting is what a policy can't be made without yet.
+	Waiting string `json:"waiting,omitempty"`
 	// ConfigError is why a restart would not accept the option files as they are now.
 	ConfigError string `json:"configError,omitempty"`
 	// Error is why the wanted policy is not in force; it is being retried.
@@ -166,6 +169,17 @@ type NodesStatus struct {
 	File       string    `json:"file,omitempty"`
 	LastReload time.Time `json:"lastReload,omitzero"`
 	LastError  string    `json:"lastError,omitempty"`
+}
+
+// KubernetesStatus is what goes on with the API server.
+type KubernetesStatus struct {
+	Node       string    `json:"node"`              // name of the Node object of this node
+	Synced     bool      `json:"synced"`            // a complete list was read since the start
+	Nodes      int       `json:"nodes"`             // Node objects, with this one
+	LastSync   time.Time `json:"lastSync,omitzero"` // when the API server last confirmed what is known
+	Error      string    `json:"error,omitempty"`   // why it can't be asked now
+	ErrorSince time.Time `json:"errorSince,omitzero"`
+	Problem    string    `json:"problem,omitempty"` // what is wrong with the Node object of this node
 }
 
 // Flows is how full the flow tables are.

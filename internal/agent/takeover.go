@@ -25,14 +25,14 @@ type takeOver struct {
 	log     *slog.Logger
 }
 
-// findTakeOver finds what the option names. nil: it names nothing, or what it names is gone, as
-// after a restart with the same options.
-func findTakeOver(ctx context.Context, cfg config.Config, root, runDir string, log *slog.Logger) (*takeOver, error) {
+// findTakeOver finds what the option names. own are the pod ranges of the Node object. nil: it names
+// nothing, or what it names is gone, as after a restart with the same options.
+func findTakeOver(ctx context.Context, cfg config.Config, own []policy.Rule, root, runDir string, log *slog.Logger) (*takeOver, error) {
 	if cfg.TakeOver == "" {
 		return nil, nil
 	}
 	t := &takeOver{name: cfg.TakeOver, log: log}
-	for _, p := range prefixes(cfg.SourceRules(nil)) {
+	for _, p := range prefixes(cfg.SourceRules(own)) {
 		if is4 := p.Addr().Is4(); is4 && cfg.IPv4 || !is4 && cfg.IPv6 { // the other family's masquerade stays
 			t.sources = append(t.sources, p)
 		}
@@ -153,12 +153,17 @@ type TakeOverPlan struct {
 // PlanTakeOver says what an agent with these options would take over, and changes nothing.
 func PlanTakeOver(ctx context.Context, opt Options) (plan TakeOverPlan, err error) {
 	cfg, log := opt.Config, slog.New(slog.DiscardHandler)
-	if err := supported(cfg); err != nil {
+	kube, err := openKube(cfg, opt.Version, log)
+	if err != nil {
+		return plan, err
+	}
+	own, err := ownSources(ctx, cfg, kube)
+	if err != nil {
 		return plan, err
 	}
 	plan = TakeOverPlan{Name: cfg.TakeOver, Mode: modeOf(cfg.BPF)}
 	root, runDir := orDefault(opt.BPFRoot, DefaultBPFRoot), orDefault(opt.RunDir, DefaultRunDir)
-	t, err := findTakeOver(ctx, cfg, root, runDir, log)
+	t, err := findTakeOver(ctx, cfg, own, root, runDir, log)
 	if err != nil || t == nil {
 		return plan, err
 	}
@@ -178,7 +183,7 @@ func PlanTakeOver(ctx context.Context, opt Options) (plan TakeOverPlan, err erro
 		return plan, fmt.Errorf("read the network configuration: %w", err)
 	}
 	l := newLoop(cfg, opt, runDir, log)
-	l.facts.network = network
+	l.facts.network, l.facts.kube.own = network, prefixes(own)
 	wanted := reachable(assemble(cfg, l.facts).input)
 	for _, f := range flows {
 		switch {

@@ -43,6 +43,7 @@ func statusText(st agent.Status) string {
 		{"Sources", table(sourceRow("IPv4", st.Sources.IPv4), sourceRow("IPv6", st.Sources.IPv6))},
 		{"ip-masq-agent", ipMasqText(st.IPMasqAgent)},
 		{"Nodes", nodesText(st.Nodes)},
+		{"Kubernetes", kubernetesText(st.Kubernetes)},
 		{"Flows", flowText(st)},
 		{"Ports", portText(st.Ports)},
 	}
@@ -81,7 +82,9 @@ func agentText(ag agent.AgentStatus) string {
 		return "down   (the last one: " + strings.Join(parts, ", ") + ")"
 	}
 	state := "running"
-	if !ag.Ready {
+	if ag.Waiting != "" {
+		state += ", waiting"
+	} else if !ag.Ready {
 		state += ", not ready"
 	}
 	parts = append([]string{state}, parts...)
@@ -190,6 +193,22 @@ func nodesText(s agent.NodesStatus) string {
 		text += "   reloaded " + stamp(s.LastReload)
 	}
 	return joinLines(text, problemText(s.LastError))
+}
+
+// kubernetesText is empty without Kubernetes: then there is no such line.
+func kubernetesText(k *agent.KubernetesStatus) string {
+	if k == nil {
+		return ""
+	}
+	state := "not synced since the start"
+	if k.Synced {
+		state = fmt.Sprintf("synced, %s   last %s", plural(k.Nodes, "node"), stamp(k.LastSync))
+	}
+	text := columns("node "+k.Node, state)
+	if k.Error != "" {
+		text += fmt.Sprintf("\n  API server: %s (since %s)", oneLine(k.Error), stamp(k.ErrorSince))
+	}
+	return text
 }
 
 // problemText is why a file is rejected. Warnings about it are among all others.

@@ -132,6 +132,9 @@ func (c *Config) choose(o Option, layers []layer) ([]setting, error) {
 // was asked for explicitly: masquerading global addresses surprises (2.1).
 var ulaRange = netip.MustParsePrefix("fc00::/7")
 
+// ForwardedOrigin is the origin of the source ranges that masquerade-forwarded means.
+const ForwardedOrigin = "option masquerade-forwarded"
+
 // SourceRules returns the masquerade source ranges: pods (the ranges of the local
 // node known by other means, may be nil), pod-cidrs, and all sources with
 // masquerade-forwarded.
@@ -142,7 +145,7 @@ func (c Config) SourceRules(pods []policy.Rule) []policy.Rule {
 		if c.IPv6Explicit {
 			all6 = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 		}
-		const origin = "option masquerade-forwarded"
+		const origin = ForwardedOrigin
 		rules = append(rules,
 			policy.Rule{Prefix: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Origin: origin},
 			policy.Rule{Prefix: all6, Origin: origin})

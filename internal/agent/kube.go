@@ -1,0 +1,176 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"bauta.dev/bauta/internal/advice"
+	"bauta.dev/bauta/internal/config"
+	"bauta.dev/bauta/internal/devices"
+	"bauta.dev/bauta/internal/nodes"
+	"bauta.dev/bauta/internal/policy"
+)
+
+// cluster knows the Node objects.
+type cluster interface {
+	Snapshot() nodes.Snapshot
+}
+
+// nodeOrigin begins the origin of what a Node object says.
+const nodeOrigin = "node "
+
+// readKube takes what the cluster says. Until that is known, and where its Node object has
+// no pod ranges, what the last run had in force stays.
+func (l *loop) readKube() {
+	snap, before := l.kube.Snapshot(), l.earlier.kube()
+	was := l.facts.kube
+	l.facts.kube = kubeFacts{known: snap.Synced || before.known, own: snap.Own, pods: snap.Pods, nodes: snap.Nodes}
+	if !snap.Synced {
+		l.facts.kube = before
+	}
+	if len(l.facts.kube.own) == 0 {
+		l.facts.kube.own = before.own
+	}
+	if snap.Synced && !l.kubeSynced {
+		l.kubeSynced = true
+		l.log.Info("nodes known", "nodes", snap.Known, "addresses", len(snap.Nodes))
+	}
+	if !slices.Equal(was.own, l.facts.kube.own) && was.known {
+		l.log.Info("pod ranges of this node changed", "ranges", l.facts.kube.own)
+		l.foreign.due = true // rules of others may match those
+	}
+}
+
+// ownTimeout is how long a take-over waits at the start for the Node object.
+const ownTimeout = 30 * time.Second
+
+// ownSources asks for the pod ranges of this node where a take-over has to know them at once.
+func ownSources(ctx context.Context, cfg config.Config, kube *nodes.Client) ([]policy.Rule, error) {
+	if kube == nil || cfg.TakeOver == "" {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, ownTimeout)
+	defer cancel()
+	own, err := kube.Own(ctx)
+	if err != nil && len(cfg.PodCIDRs) == 0 {
+		return nil, advice.New(fmt.Errorf("take-over: the pod ranges of this node: %w", err), "give them with pod-cidrs, or try again when the API server answers")
+	}
+	return ownRules(cfg, kubeFacts{own: own}), nil
+}
+
+// kubeFacts is what is known of the cluster, now or from the last run.
+type kubeFacts struct {
+	known bool
+	own   []netip.Prefix
+	pods  []policy.Rule
+	nodes []policy.NodeAddr
+}
+
+// kube is what an agent before this one knew of the cluster.
+func (e earlier) kube() kubeFacts {
+	var k kubeFacts
+	if !e.applied || e.file == nil {
+		return k
+	}
+	for _, r := range e.file.Sources {
+		if strings.HasPrefix(r.Origin, nodeOrigin) {
+			k.own = append(k.own, r.Prefix)
+		}
+	}
+	for _, n := range e.file.Nodes {
+		if strings.HasPrefix(n.Origin, nodeOrigin) {
+			k.nodes = append(k.nodes, n)
+		}
+	}
+	k.pods = e.file.Pods
+	// Without a range of its own that agent had not heard of the cluster, or was told to do without.
+	k.known = len(k.own) > 0
+	return k
+}
+
+// ownRules are the pod ranges of this node as rules.
+func ownRules(cfg config.Config, k kubeFacts) []policy.Rule {
+	rules := make([]policy.Rule, len(k.own))
+	for i, p := range k.own {
+		rules[i] = policy.Rule{Prefix: p, Origin: nodeOrigin + cfg.NodeName}
+	}
+	return rules
+}
+
+// others are the addresses of other nodes: none that this one has, whatever a Node object of
+// a former name says.
+func others(list []policy.NodeAddr, own []netip.Addr) []policy.NodeAddr {
+	mine := make(map[netip.Addr]bool, len(own))
+	for _, a := range own {
+		mine[a.WithZone("")] = true
+	}
+	return slices.DeleteFunc(slices.Clone(list), func(n policy.NodeAddr) bool { return mine[n.Addr] })
+}
+
+// waits says what a policy can't be made without yet, or nothing. Without the other nodes
+// their pods would be masqueraded towards; without a source range nothing would be.
+func (l *loop) waits() string {
+	switch {
+	case l.kube == nil || !l.cfg.IPv4 && !l.cfg.IPv6:
+		return ""
+	case !l.facts.kube.known:
+		return "the nodes of the cluster are not known yet"
+	case len(l.facts.kube.own) == 0 && len(l.cfg.PodCIDRs) == 0 && !l.cfg.MasqueradeForwarded:
+		return "no source range yet: the Node object of this node has no podCIDRs"
+	}
+	return ""
+}
+
+// kubeStatus is what the status says of the cluster.
+func kubeStatus(cfg config.Config, k cluster) *KubernetesStatus {
+	if k == nil {
+		return nil
+	}
+	snap := k.Snapshot()
+	s := &KubernetesStatus{
+		Node: cfg.NodeName, Synced: snap.Synced, Nodes: snap.Known, LastSync: snap.LastSync,
+		Error: snap.Error, Problem: snap.Problem,
+	}
+	if snap.Error != "" {
+		s.ErrorSince = snap.Since
+	}
+	return s
+}
+
+// kubeWarnings are what is odd about the cluster, but leaves the policy in force.
+func (l *loop) kubeWarnings() []string {
+	if l.kube == nil {
+		return nil
+	}
+	snap := l.kube.Snapshot()
+	list := slices.Clone(snap.Rejected)
+	if snap.Error != "" && l.facts.kube.known {
+		list = append(list, fmt.Sprintf("API server: %s: what was known of the nodes stays in force", snap.Error))
+	}
+	if text := tunnelWarning(l.cfg, l.facts.kube.pods, l.facts.network); text != "" {
+		list = append(list, text)
+	}
+	return list
+}
+
+// tunnelWarning tells that pod ranges of other nodes are reached through a tunnel (2.2): then
+// addresses of pods may be unknown to the network that the nodes are in.
+func tunnelWarning(cfg config.Config, pods []policy.Rule, s devices.Snapshot) string {
+	if cfg.RemoteNodesSet || len(pods) == 0 {
+		return ""
+	}
+	prefix, device, ok := s.Tunneled(prefixes(pods))
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("pods of other nodes are reached through the tunnel %s (%s): where the nodes' network does not know addresses of pods, "+
+		"set remote-node-masquerade to all; none says that it does", device, prefix)
+}
+
+// kubeGap is the shortest time from one policy made for a change of the cluster to the next.
+// Much news at once is one change.
+const kubeGap = 400 * time.Millisecond

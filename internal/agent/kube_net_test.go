@@ -1,0 +1,116 @@
+package agent
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/internal/nodes/nodestest"
+)
+
+// kubeNode is a node of a cluster.
+type kubeNode struct {
+	*node
+	api    *nodestest.Server
+	listen func() (stop func())
+}
+
+const ownName = "node-a"
+
+// newKubeNode is a node whose agent has all its source ranges from an API server in the
+// node's network namespace.
+func newKubeNode(t *testing.T) *kubeNode {
+	t.Helper()
+	n := &kubeNode{node: newNode(t), api: nodestest.New()}
+	address := ""
+	n.listen = func() func() {
+		var l net.Listener
+		err := n.Node.Do(func() (err error) {
+			l, err = net.Listen("tcp", orDefault(address, "127.0.0.1:0"))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		address = l.Addr().String()
+		server := &http.Server{Handler: n.api}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			server.Serve(l)
+		}()
+		return func() {
+			server.Close()
+			<-done
+		}
+	}
+	t.Cleanup(n.listen())
+	config := filepath.Join(t.TempDir(), "kubeconfig")
+	write(t, config, nodestest.Kubeconfig("http://"+address, "secret"))
+	delete(n.Flags, "pod-cidrs")
+	delete(n.Flags, "enable-ip-masq-agent")
+	delete(n.Flags, "ip-masq-agent-config-path")
+	n.Flags["enable-k8s"], n.Flags["k8s-kubeconfig-path"], n.Flags["k8s-node-name"] = "true", config, ownName
+	return n
+}
+
+// nodeAddrs are the addresses of other nodes in the kernel.
+func (n *kubeNode) nodeAddrs(t *testing.T) []netip.Addr {
+	t.Helper()
+	k, err := Inspect(t.Context(), n.BPFRoot, n.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	list, err := k.NodeAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func (n *kubeNode) awaitNodes(t *testing.T, timeout time.Duration, want ...string) {
+	t.Helper()
+	var list []netip.Addr
+	for _, a := range want {
+		list = append(list, netip.MustParseAddr(a))
+	}
+	labtest.Eventually(t, timeout, func() error {
+		if got := n.nodeAddrs(t); !slices.Equal(got, list) {
+			return fmt.Errorf("addresses of nodes %v, want %v", got, want)
+		}
+		return nil
+	})
+}
+
+func TestAgentOfACluster(t *testing.T) {
+	n := newKubeNode(t)
+	n.api.Put(nodestest.Node("node-b", "10.0.2.0/24,fd00:2::/64", "InternalIP=192.0.2.77"))
+	_, stop := n.start(t)
+	// Its own Node object is not there yet, then it has no ranges: the agent waits.
+	n.await(t, 20*time.Second, func(s Status) bool { return s.Agent.Waiting != "" && s.Kubernetes.Synced })
+	n.api.Put(nodestest.Node(ownName, "", "InternalIP="+n.NodeAddr.V4.String()))
+	n.await(t, 2*time.Second, func(s Status) bool { return s.Kubernetes.Nodes == 2 && !s.Agent.Ready && len(s.Degraded()) > 0 })
+	n.api.Put(nodestest.Node(ownName, "10.0.1.0/24,fd00:1::/64", "InternalIP="+n.NodeAddr.V4.String()))
+	s := n.await(t, 5*time.Second, healthyStatus)
+	if got := rules(append(s.Sources.IPv4.Ranges, s.Sources.IPv6.Ranges...)); got != "10.0.1.0/24 (node node-a), fd00:1::/64 (node node-a)" {
+		t.Errorf("sources %s", got)
+	}
+	n.awaitNodes(t, time.Second, "192.0.2.77")
+
+	n.api.Put(nodestest.Node("node-c", "10.0.3.0/24", "InternalIP=192.0.2.78", "ExternalIP=2001:db8::78"))
+	n.awaitNodes(t, time.Second, "192.0.2.77", "192.0.2.78", "2001:db8::78")
+	n.api.Put(nodestest.Node("node-b", "10.0.2.0/24", "InternalIP=192.0.2.79"))
+	n.awaitNodes(t, time.Second, "192.0.2.78", "192.0.2.79", "2001:db8::78")
+	n.api.Delete("node-c")
+	n.awaitNodes(t, time.Second, "192.0.2.79")
+	stop(unix.SIGTERM)
+}
