@@ -23,6 +23,7 @@ type timing struct {
 	answer   time.Duration // a request or a list that gives nothing for so long has stalled
 	quiet    time.Duration // so has a watch: a server sends a bookmark each minute
 	settle   time.Duration // a watch that is open for so long works
+	spread   time.Duration // within which the watches of all nodes begin again that ended together
 	watch    time.Duration // how long a watch is asked for: once to twice this
 	retry    time.Duration // first pause after an error; doubles
 	maxRetry time.Duration
@@ -32,6 +33,7 @@ var defaultTiming = timing{
 	answer:   30 * time.Second,
 	quiet:    4 * time.Minute,
 	settle:   2 * time.Second,
+	spread:   time.Second,
 	watch:    5 * time.Minute,
 	retry:    500 * time.Millisecond,
 	maxRetry: 30 * time.Second,
@@ -52,6 +54,7 @@ type follower struct {
 	listed  bool   // what is known is complete: a watch from version goes on with it
 	list    bool   // the server has no initial events
 	settled bool   // the last session worked
+	early   bool   // and ended before its time
 	once    bool   // something was listed once
 }
 
@@ -69,7 +72,12 @@ func (c *Client) follow(ctx context.Context) {
 			pause = 0
 		}
 		if err == nil && f.settled {
-			continue // a server ends each watch after some time
+			// A server ends each watch after some time. If it ends all of them, it is going away,
+			// and all nodes come at once.
+			if f.early {
+				sleep(ctx, time.Duration(rand.Float64()*float64(c.timing.spread)))
+			}
+			continue
 		}
 		if err == nil {
 			err = errors.New("the watch ended at once")
@@ -87,10 +95,14 @@ func (c *Client) follow(ctx context.Context) {
 		}
 		c.log.Debug("nodes not watched, retrying", "error", err, "after", wait)
 		c.state.fail(brief(err))
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
+		sleep(ctx, wait)
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
 	}
 }
 
@@ -221,9 +233,11 @@ func (f *follower) watch(ctx context.Context) error {
 	initial := !f.listed
 	ctx, quiet := newDeadline(ctx, f.timing.answer)
 	defer quiet.close()
-	seconds := f.timing.watch.Seconds() * (1 + rand.Float64())
+	seconds := max(1, int(f.timing.watch.Seconds()*(1+rand.Float64())))
+	start := time.Now()
+	defer func() { f.early = time.Since(start) < time.Duration(seconds-1)*time.Second }()
 	req := f.request().Param("watch", "true").Param("allowWatchBookmarks", "true").
-		Param("timeoutSeconds", strconv.Itoa(max(1, int(seconds))))
+		Param("timeoutSeconds", strconv.Itoa(seconds))
 	if initial {
 		req.Param("sendInitialEvents", "true").Param("resourceVersionMatch", "NotOlderThan")
 	}
@@ -253,19 +267,16 @@ func (f *follower) begin(ctx context.Context, w watch.Interface, quiet *deadline
 	for {
 		quiet.put(f.timing.answer)
 		e, ok := <-w.ResultChan()
-		if !ok {
-			err := cause(ctx, io.ErrUnexpectedEOF)
-			if errors.Is(err, errStalled) && len(list) > 0 {
-				return fmt.Errorf("%w: %w", errNoStream, err)
-			}
-			return fmt.Errorf("list nodes: %w", err)
-		}
 		n, err := f.object(e)
+		if !ok {
+			err = io.ErrUnexpectedEOF
+		}
 		if err != nil {
-			if apierrors.IsInvalid(err) || apierrors.IsBadRequest(err) {
+			err = fmt.Errorf("list nodes: %w", cause(ctx, err))
+			if errors.Is(err, errStalled) && len(list) > 0 { // that was all, but nobody says so
 				err = fmt.Errorf("%w: %w", errNoStream, err)
 			}
-			return fmt.Errorf("list nodes: %w", err)
+			return err
 		}
 		switch e.Type {
 		case watch.Added, watch.Modified:
@@ -297,7 +308,7 @@ func (f *follower) goOn(ctx context.Context, w watch.Interface, quiet *deadline)
 			}
 			n, err := f.object(e)
 			if err != nil {
-				return fmt.Errorf("watch nodes: %w", err)
+				return fmt.Errorf("watch nodes: %w", cause(ctx, err))
 			}
 			quiet.put(f.timing.quiet)
 			f.settled = true

@@ -48,27 +48,27 @@ func (s *Server) serveEvents(w http.ResponseWriter, r *http.Request) {
 	switch r.Method {
 	case http.MethodPost:
 		if err := json.Unmarshal(body, e); err != nil {
-			fail(w, apierrors.NewBadRequest(err.Error()))
+			fail(w, r, apierrors.NewBadRequest(err.Error()))
 			return
 		}
 		if s.events[e.Name] != nil {
-			fail(w, apierrors.NewAlreadyExists(eventResource, e.Name))
+			fail(w, r, apierrors.NewAlreadyExists(eventResource, e.Name))
 			return
 		}
 	case http.MethodPatch:
 		old := s.events[name]
 		if old == nil {
-			fail(w, apierrors.NewNotFound(eventResource, name))
+			fail(w, r, apierrors.NewNotFound(eventResource, name))
 			return
 		}
 		e = old.DeepCopy()
 		if err := json.Unmarshal(body, e); err != nil { // a merge patch of fields without lists
-			fail(w, apierrors.NewBadRequest(err.Error()))
+			fail(w, r, apierrors.NewBadRequest(err.Error()))
 			return
 		}
 	}
 	if problem := invalid(e); problem != "" {
-		fail(w, apierrors.NewBadRequest(problem))
+		fail(w, r, apierrors.NewBadRequest(problem))
 		return
 	}
 	s.events[e.Name] = e
@@ -101,7 +101,7 @@ func (s *Server) serveNode(w http.ResponseWriter, r *http.Request, name string) 
 	defer s.mu.Unlock()
 	n := s.nodes[name]
 	if n == nil {
-		fail(w, apierrors.NewNotFound(schema.GroupResource{Resource: "nodes"}, name))
+		fail(w, r, apierrors.NewNotFound(schema.GroupResource{Resource: "nodes"}, name))
 		return
 	}
 	if r.Method == http.MethodPatch {
@@ -111,13 +111,13 @@ func (s *Server) serveNode(w http.ResponseWriter, r *http.Request, name string) 
 		}
 		var refused *apierrors.StatusError
 		if n, refused = patched(n, body); refused != nil {
-			fail(w, refused)
+			fail(w, r, refused)
 			return
 		}
 		n = s.put(n)
 		s.wake()
 	}
-	if strings.Contains(r.Header.Get("Accept"), protobufType) {
+	if accepts(r, protobufType) {
 		w.Header().Set("Content-Type", protobufType)
 		w.Write(encode("Node", n))
 		return

@@ -198,11 +198,18 @@ func (s *Server) Bytes() int64 {
 // ServeHTTP answers for /api/v1/nodes and the events of a namespace.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
-	fault, cut := s.fault, s.cut
+	fault := s.fault
 	s.mu.Unlock()
-	if fault != nil && fault(w, r) {
-		return
+	if fault == nil || !fault(w, r) {
+		s.answer(w, r)
 	}
+}
+
+// answer answers without a fault.
+func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	cut := s.cut
+	s.mu.Unlock()
 	w = &counter{w, s}
 	path := strings.TrimPrefix(r.URL.Path, "/api/v1/")
 	name, one := strings.CutPrefix(path, "nodes/")
@@ -218,7 +225,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case strings.Contains(path, "/events"):
 		s.serveEvents(w, r)
 	default:
-		fail(w, apierrors.NewNotFound(schema.GroupResource{Resource: path}, ""))
+		fail(w, r, apierrors.NewNotFound(schema.GroupResource{Resource: path}, ""))
 	}
 }
 

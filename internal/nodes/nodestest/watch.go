@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -51,19 +52,30 @@ func bookmark(version int, annotations map[string]string) []byte {
 	return frame(watch.Bookmark, encode("Node", n))
 }
 
-func fail(w http.ResponseWriter, err *apierrors.StatusError) {
-	w.Header().Set("Content-Type", jsonType)
+func fail(w http.ResponseWriter, r *http.Request, err *apierrors.StatusError) {
 	if d := err.ErrStatus.Details; d != nil && d.RetryAfterSeconds > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int(d.RetryAfterSeconds)))
 	}
-	w.WriteHeader(int(err.ErrStatus.Code))
-	json.NewEncoder(w).Encode(err.Status())
+	status := err.Status()
+	status.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}
+	// Who is not let in gets JSON whatever he accepts, as of kube-apiserver.
+	if accepts(r, protobufType) && status.Code != http.StatusUnauthorized {
+		w.Header().Set("Content-Type", protobufType)
+		w.WriteHeader(int(status.Code))
+		w.Write(encode("Status", &status))
+		return
+	}
+	w.Header().Set("Content-Type", jsonType)
+	w.WriteHeader(int(status.Code))
+	json.NewEncoder(w).Encode(status)
 }
+
+func accepts(r *http.Request, typ string) bool { return strings.Contains(r.Header.Get("Accept"), typ) }
 
 // Status is a fault: every request is refused so.
 func Status(err *apierrors.StatusError) Fault {
-	return func(w http.ResponseWriter, _ *http.Request) bool {
-		fail(w, err)
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		fail(w, r, err)
 		return true
 	}
 }
@@ -101,15 +113,15 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, cut <-chan struct
 	s.mu.Unlock()
 	switch {
 	case initial && s.NoInitialEvents:
-		fail(w, apierrors.NewInvalid(metav1.SchemeGroupVersion.WithKind("ListOptions").GroupKind(), "", nil))
+		fail(w, r, apierrors.NewInvalid(metav1.SchemeGroupVersion.WithKind("ListOptions").GroupKind(), "", nil))
 		return
 	case from > now:
 		err := apierrors.NewTimeoutError("Too large resource version", 1)
 		err.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: metav1.CauseTypeResourceVersionTooLarge}}
-		fail(w, err)
+		fail(w, r, err)
 		return
 	case !initial && from != 0 && from < oldest:
-		fail(w, apierrors.NewResourceExpired("too old resource version"))
+		fail(w, r, apierrors.NewResourceExpired("too old resource version"))
 		return
 	}
 	seconds, err := strconv.Atoi(q.Get("timeoutSeconds"))
@@ -184,3 +196,27 @@ func (s *Server) sendAll(w http.ResponseWriter, mark bool) (version int) {
 	}
 	return version
 }
+
+// CutAfter is a fault: the answers of s break off after so many bytes.
+func CutAfter(s *Server, limit int) Fault {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		s.answer(&limited{w, limit}, r)
+		return true
+	}
+}
+
+type limited struct {
+	http.ResponseWriter
+	left int
+}
+
+func (l *limited) Write(b []byte) (int, error) {
+	n, err := l.ResponseWriter.Write(b[:min(len(b), l.left)])
+	if l.left -= n; l.left == 0 && err == nil {
+		http.NewResponseController(l.ResponseWriter).Flush()
+		panic(http.ErrAbortHandler)
+	}
+	return n, err
+}
+
+func (l *limited) Unwrap() http.ResponseWriter { return l.ResponseWriter }
