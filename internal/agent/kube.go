@@ -171,6 +171,10 @@ func tunnelWarning(cfg config.Config, pods []policy.Rule, s devices.Snapshot) st
 		"set remote-node-masquerade to all; none says that it does", device, prefix)
 }
 
-// kubeGap is the shortest time from one policy made for a change of the cluster to the next.
-// Much news at once is one change.
-const kubeGap = 400 * time.Millisecond
+// kubePause is the pause after a policy for a change of the cluster: what happens meanwhile is one
+// change. With many nodes a policy is work for a moment, and in a cluster that never rests the
+// agent is at work for a fifth of the time at most. A single change waits for nothing.
+func kubePause(used time.Duration) time.Duration {
+	const shortest, share = 400 * time.Millisecond, 5
+	return max(shortest, used*(share-1))
+}

@@ -21,6 +21,7 @@ type kubeNode struct {
 	*node
 	api    *nodestest.Server
 	listen func() (stop func())
+	away   func() // the API server's end, until listen
 }
 
 const ownName = "node-a"
@@ -52,7 +53,8 @@ func newKubeNode(t *testing.T) *kubeNode {
 			<-done
 		}
 	}
-	t.Cleanup(n.listen())
+	n.away = n.listen()
+	t.Cleanup(func() { n.away() })
 	config := filepath.Join(t.TempDir(), "kubeconfig")
 	write(t, config, nodestest.Kubeconfig("http://"+address, "secret"))
 	delete(n.Flags, "pod-cidrs")
@@ -65,12 +67,16 @@ func newKubeNode(t *testing.T) *kubeNode {
 // nodeAddrs are the addresses of other nodes in the kernel.
 func (n *kubeNode) nodeAddrs(t *testing.T) []netip.Addr {
 	t.Helper()
-	k, err := Inspect(t.Context(), n.BPFRoot, n.RunDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.Close()
-	list, err := k.NodeAddrs()
+	var list []netip.Addr
+	err := n.Node.Do(func() error {
+		k, err := Inspect(t.Context(), n.BPFRoot, n.RunDir)
+		if err != nil {
+			return err
+		}
+		defer k.Close()
+		list, err = k.NodeAddrs()
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,4 +119,39 @@ func TestAgentOfACluster(t *testing.T) {
 	n.api.Delete("node-c")
 	n.awaitNodes(t, time.Second, "192.0.2.79")
 	stop(unix.SIGTERM)
+}
+
+// Without the API server all goes on, with the same agent and with one that starts then; when
+// it is back, what it says then is in force.
+func TestAgentWithoutAPIServer(t *testing.T) {
+	for mode, bpf := range map[string]string{"eBPF": "true", "iptables": "false"} {
+		t.Run(mode, func(t *testing.T) {
+			n := newKubeNode(t)
+			n.Flags["enable-bpf-masquerade"] = bpf
+			own := nodestest.Node(ownName, "10.0.1.0/24,fd00:1::/64", "InternalIP="+n.NodeAddr.V4.String())
+			n.api.Put(own, nodestest.Node("node-b", "10.0.2.0/24,fd00:2::/64", "InternalIP=192.0.2.77", "InternalIP=2001:db8::77"))
+			_, stop := n.start(t)
+			n.await(t, 20*time.Second, healthyStatus)
+			n.awaitNodes(t, 5*time.Second, "192.0.2.77", "2001:db8::77")
+
+			n.away()
+			s := n.await(t, 10*time.Second, func(s Status) bool { return s.Kubernetes.Error != "" })
+			if !s.Agent.Ready || len(s.Degraded()) > 0 {
+				t.Errorf("away: %v", s.Degraded())
+			}
+			stop(unix.SIGKILL)
+			_, stop = n.start(t)
+			s = n.await(t, 20*time.Second, healthyStatus)
+			if s.Kubernetes.Synced || s.Nodes.Known != 1 || rules(s.Sources.IPv4.Ranges) != "10.0.1.0/24 (node node-a)" {
+				t.Errorf("restarted while it is away: %+v %+v", s.Kubernetes, s.Sources)
+			}
+			n.awaitNodes(t, 0, "192.0.2.77", "2001:db8::77")
+
+			n.api.Restore(5, own, nodestest.Node("node-c", "10.0.3.0/24", "InternalIP=192.0.2.78"))
+			n.away = n.listen()
+			n.awaitNodes(t, 30*time.Second, "192.0.2.78") // by back-off
+			n.await(t, 5*time.Second, func(s Status) bool { return s.Kubernetes.Synced && s.Kubernetes.Error == "" && healthyStatus(s) })
+			stop(unix.SIGTERM)
+		})
+	}
 }

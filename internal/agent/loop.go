@@ -100,6 +100,7 @@ type loop struct {
 	walked     chan walked // its result
 	foreign    foreignRules
 	kubeSynced bool      // it was known once
+	kubeNews   bool      // the cluster has changed
 	nextKube   time.Time // not before, for a change of the cluster
 	portsError string    // why the pool is not what it should be
 	warned     []string  // that the log has
@@ -172,7 +173,7 @@ func (l *loop) next(ctx context.Context, c *clocks) {
 	case <-l.signals.kube:
 		c.kube.Reset(max(0, time.Until(l.nextKube)))
 	case <-c.kube.C:
-		l.stale.kube, l.nextKube = true, time.Now().Add(kubeGap)
+		l.stale.kube, l.kubeNews = true, true
 		c.soon()
 	case <-c.confirm.C:
 		l.stale.ipMasq, l.stale.nodes, l.stale.options = true, true, true
@@ -200,7 +201,12 @@ func (l *loop) next(ctx context.Context, c *clocks) {
 		l.reconcile(ctx, c.due)
 		l.systemd.reloaded()
 	case <-c.due.C:
+		used, first := cpuTime(), l.inForce == nil // which loads the programs
 		l.reconcile(ctx, c.due)
+		if l.kubeNews && !first {
+			l.nextKube = time.Now().Add(kubePause(cpuTime() - used))
+		}
+		l.kubeNews = false
 		if l.news {
 			l.news = false
 			c.confirm.Reset(l.timing.confirm)
