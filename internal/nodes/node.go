@@ -15,6 +15,7 @@ type node struct {
 	name, version string
 	initialEnd    bool // a bookmark: all that there was has been sent
 	podCIDRs      []string
+	taints        []string // keys
 	addresses     []address
 }
 
@@ -37,11 +38,11 @@ const (
 
 	metaName, metaVersion, metaAnnotations = 1, 6, 12
 
-	specPodCIDR, specPodCIDRs = 1, 7
+	specPodCIDR, specTaints, specPodCIDRs = 1, 5, 7
 
 	statusAddresses = 5
 
-	pairKey, pairValue = 1, 2 // of a map, and type and address of a NodeAddress
+	pairKey, pairValue = 1, 2 // of a map; type and address of a NodeAddress; key and value of a Taint
 )
 
 func (n *node) Unmarshal(data []byte) error {
@@ -55,6 +56,10 @@ func (n *node) Unmarshal(data []byte) error {
 				switch f.number {
 				case specPodCIDR:
 					podCIDR = string(f.bytes)
+				case specTaints:
+					key, _, err := pair(f.bytes)
+					n.taints = append(n.taints, key)
+					return err
 				case specPodCIDRs:
 					n.podCIDRs = append(n.podCIDRs, string(f.bytes))
 				}

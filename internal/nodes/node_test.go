@@ -38,7 +38,7 @@ func busyNode(random *rand.Rand, i int) *corev1.Node {
 }
 
 func describe(n *node) string {
-	return fmt.Sprint(n.name, n.version, n.initialEnd, n.podCIDRs, n.addresses)
+	return fmt.Sprint(n.name, n.version, n.initialEnd, n.podCIDRs, n.addresses, n.taints)
 }
 
 func describeAPI(n *corev1.Node) string {
@@ -48,6 +48,9 @@ func describeAPI(n *corev1.Node) string {
 	}
 	if len(s.podCIDRs) == 0 && n.Spec.PodCIDR != "" {
 		s.podCIDRs = []string{n.Spec.PodCIDR}
+	}
+	for _, t := range n.Spec.Taints {
+		s.taints = append(s.taints, t.Key)
 	}
 	for _, a := range n.Status.Addresses {
 		s.addresses = append(s.addresses, address{string(a.Type), a.Address})

@@ -43,6 +43,7 @@ type Snapshot struct {
 	Pods     []policy.Rule  // pod ranges of all other nodes
 	Nodes    []policy.NodeAddr
 	Known    int       // Node objects
+	Taints   []string  // keys of the taints of this node
 	Problem  string    // what is wrong with the Node object of this node
 	Rejected []string  // what other Node objects say that can't be meant
 	Error    string    // why the API server can't be asked now
@@ -56,6 +57,7 @@ type Client struct {
 	log    *slog.Logger
 	timing timing
 	state  *state
+	events *eventQueue
 }
 
 // Open reads the configuration. It does not ask the API server for anything.
@@ -77,7 +79,10 @@ func Open(o Options) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("enable-k8s: %w", err)
 	}
-	return &Client{rest: client, name: o.NodeName, log: log, timing: defaultTiming, state: newState(o.NodeName)}, nil
+	return &Client{
+		rest: client, name: o.NodeName, log: log, timing: defaultTiming,
+		state: newState(o.NodeName), events: newEventQueue(eventSender(client, o.NodeName)),
+	}, nil
 }
 
 func configuration(path string) (*rest.Config, error) {
@@ -148,7 +153,7 @@ func (c *Client) Own(ctx context.Context) ([]netip.Prefix, error) {
 	if err := c.rest.Get().Resource("nodes").Name(c.name).MaxRetries(0).Do(ctx).Into(n); err != nil {
 		return nil, fmt.Errorf("node %s: %s", c.name, brief(err))
 	}
-	m := newMember(n)
+	m := newMember(n, true)
 	if len(m.pods) == 0 {
 		return nil, fmt.Errorf("node %s: its Node object has no podCIDRs", c.name)
 	}

@@ -15,11 +15,15 @@ import (
 type member struct {
 	pods     []netip.Prefix
 	addrs    []policy.NodeAddr
+	taints   []string // of this node only
 	problems []string
 }
 
-func newMember(n *node) *member {
+func newMember(n *node, own bool) *member {
 	m := &member{}
+	if own {
+		m.taints = n.taints
+	}
 	origin := "node " + n.name
 	for _, text := range n.podCIDRs {
 		p, problem := parseRange(text)
@@ -43,7 +47,7 @@ func newMember(n *node) *member {
 }
 
 func (m *member) same(o *member) bool {
-	return o != nil && slices.Equal(m.pods, o.pods) && slices.Equal(m.addrs, o.addrs) && slices.Equal(m.problems, o.problems)
+	return o != nil && slices.Equal(m.pods, o.pods) && slices.Equal(m.addrs, o.addrs) && slices.Equal(m.taints, o.taints) && slices.Equal(m.problems, o.problems)
 }
 
 // state is all that is known. One goroutine changes it, others take snapshots.
@@ -73,7 +77,7 @@ func (s *state) replace(list map[string]*node) {
 	news := !s.synced || s.err != "" || len(list) != len(s.members)
 	members := make(map[string]*member, len(list))
 	for name, n := range list {
-		m := newMember(n)
+		m := newMember(n, name == s.own)
 		if old := s.members[name]; m.same(old) {
 			m = old
 		} else {
@@ -90,7 +94,7 @@ func (s *state) replace(list map[string]*node) {
 
 // put takes a node that was added or modified.
 func (s *state) put(n *node) {
-	m := newMember(n)
+	m := newMember(n, n.name == s.own)
 	s.mu.Lock()
 	old, known := s.members[n.name]
 	news := !m.same(old)
@@ -194,6 +198,7 @@ func (s *state) render() *Snapshot {
 	own := s.members[s.own]
 	var mine []netip.Addr
 	if own != nil {
+		snap.Taints = own.taints
 		for _, a := range own.addrs {
 			mine = append(mine, a.Addr)
 		}

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -42,7 +43,7 @@ type Server struct {
 	expire   chan struct{}
 	fault    Fault
 	requests []string
-	bytes    int64
+	bytes    atomic.Int64
 	events   map[string]*corev1.Event
 	posts    int
 }
@@ -189,11 +190,7 @@ func (s *Server) Requests() []string {
 }
 
 // Bytes is how many bytes of answers were written.
-func (s *Server) Bytes() int64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.bytes
-}
+func (s *Server) Bytes() int64 { return s.bytes.Load() }
 
 // ServeHTTP answers for /api/v1/nodes and the events of a namespace.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -262,9 +259,7 @@ type counter struct {
 
 func (c *counter) Write(b []byte) (int, error) {
 	n, err := c.ResponseWriter.Write(b)
-	c.s.mu.Lock()
-	c.s.bytes += int64(n)
-	c.s.mu.Unlock()
+	c.s.bytes.Add(int64(n))
 	return n, err
 }
 

@@ -3,6 +3,7 @@ package nodestest
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"strconv"
 	"strings"
@@ -220,3 +221,24 @@ func (l *limited) Write(b []byte) (int, error) {
 }
 
 func (l *limited) Unwrap() http.ResponseWriter { return l.ResponseWriter }
+
+// Forbid is a fault: a method is refused, as by RBAC.
+func Forbid(method string) Fault {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != method {
+			return false
+		}
+		fail(w, r, apierrors.NewForbidden(eventResource, "", errors.New("no rule allows it")))
+		return true
+	}
+}
+
+// Before is a fault that only does something before each request of a method.
+func Before(method string, do func()) Fault {
+	return func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == method {
+			do()
+		}
+		return false
+	}
+}
