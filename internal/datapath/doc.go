@@ -124,8 +124,10 @@ type Swept struct {
 	Vanished int      // mappings whose external address has left the node
 	Orphans  int      // halves without their other half
 	Usage    [2]Usage // IPv4, IPv6
-	Worst    PortUse
-	Took     time.Duration
+	// Protos counts the flows by IP protocol number, as the walk met them: also those that it ended.
+	Protos [2]map[uint8]int
+	Worst  PortUse
+	Took   time.Duration
 
 	generation uint64 // of the facts it began with
 	oldest     uint32 // second in which the oldest mapping was made

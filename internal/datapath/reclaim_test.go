@@ -89,6 +89,13 @@ func reclaimStory(t *testing.T, without []Feature, by uint32) {
 	if r := state(); r.Removed != expired {
 		t.Errorf("%d removed, want %d", r.Removed, expired)
 	}
+	b.inspect(func(in *Inspector) error {
+		n, err := in.Reclaimed()
+		if n != expired {
+			t.Errorf("readers see %d removed, want %d", n, expired)
+		}
+		return err
+	})
 	b.checkBijection(ports(40000, 1000))
 	// What keeps the ports for their last owners goes when that time is over.
 	if n := b.dead(); n != 2*100 {

@@ -132,6 +132,17 @@ func (d *Datapath) Drain(s Swept) error {
 	return errors.Join(errs...)
 }
 
+// byProto leaves the zeroes out.
+func byProto(counts *[256]int) map[uint8]int {
+	out := make(map[uint8]int)
+	for proto, n := range counts {
+		if n > 0 {
+			out[uint8(proto)] = n
+		}
+	}
+	return out
+}
+
 func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 	s.walking.Lock()
 	defer s.walking.Unlock()
@@ -164,6 +175,7 @@ func (s *sweeper) walk(ctx context.Context) (out Swept, err error) {
 		out.Vanished += w.vanished.removed
 		out.Orphans += w.orphans.removed
 		out.Usage[i], s.last[i], s.buried[i] = w.usage, w.usage, w.kept
+		out.Protos[i] = byProto(&w.protos)
 		if err != nil {
 			return out, err
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"testing"
 
 	"bauta.dev/bauta/internal/lab"
@@ -120,7 +121,7 @@ func TestDrainNeedsALaterWalk(t *testing.T) {
 			t.Errorf("attached %+v", got)
 		}
 	}
-	if s := walk(); s != (Swept{}) {
+	if s := walk(); !reflect.DeepEqual(s, Swept{}) {
 		t.Errorf("before the first policy: %+v", s)
 	}
 	b.apply(in)

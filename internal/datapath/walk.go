@@ -22,6 +22,7 @@ type walker struct {
 	inboundPercent uint32
 
 	usage          Usage
+	protos         [256]int // flows, by protocol number
 	ports          *portTally
 	quota          *quota
 	oldest         *uint32
@@ -90,6 +91,7 @@ func (w *walker) forward(e flowEntry) error {
 	if e.foreign() {
 		w.usage.Foreign++
 	}
+	w.protos[e.key.proto]++
 	w.ports.add(e)
 	w.quota.add(e)
 	w.paired.add(e.reverseKey())
