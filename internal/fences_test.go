@@ -35,6 +35,7 @@ var fences = []fence{
 	{"github.com/cilium/ebpf", []string{"datapath"}, "every BPF object has one owner"},
 	{"github.com/vishvananda/", []string{"datapath", "devices", "iptables", "conntrack", "lab"}, "the kernel's network state enters as values, read in one place"},
 	{"os/exec", []string{"lab", "demo", "iptables", "test/kernels", "packaging/image"}, "the agent runs in an image without tools; only iptables mode needs one"},
+	{"github.com/prometheus/", []string{"metrics"}, "the agent gives readings; how Prometheus has them is nobody else's affair"},
 	{"github.com/fsnotify/", []string{"filewatch"}, "how file changes are noticed is nobody else's affair"},
 	{"github.com/spf13/", []string{"cli"}, "options come from config; flags are one of its sources"},
 	{"testing", []string{"lab/labtest"}, "a test helper is a package of its own, so that the binary has none"},
@@ -45,8 +46,9 @@ var levels = map[string]int{
 	"advice": 0, "policy": 0, "filewatch": 0, "lab": 0, "lab/packet": 0,
 	"policy/policytest": 1, "config": 1, "conntrack": 1, "ipmasq": 1, "devices": 1, "datapath": 1, "iptables": 1, "lab/labtest": 1,
 	"nodes": 1, "nodes/nodestest": 0,
-	"agent": 2, "demo": 2,
-	"cli": 3,
+	"metrics": 2, "demo": 2,
+	"agent": 3,
+	"cli": 4,
 }
 
 var vagueNames = []string{"util", "utils", "common", "types", "helper", "helpers", "client", "manager"}
