@@ -48,7 +48,7 @@ var levels = map[string]int{
 	"nodes": 1, "nodes/nodestest": 0,
 	"metrics": 2, "demo": 2,
 	"agent": 3,
-	"cli": 4,
+	"cli":   4,
 }
 
 var vagueNames = []string{"util", "utils", "common", "types", "helper", "helpers", "client", "manager"}

@@ -90,6 +90,10 @@ func Run(ctx context.Context, opt Options) (err error) {
 	if kube != nil {
 		l.kube = kube
 	}
+	web, err := l.newHTTP()
+	if err != nil {
+		return err
+	}
 	service := newSystemd(os.Getenv)
 	defer service.close()
 	l.systemd = service
@@ -104,7 +108,10 @@ func Run(ctx context.Context, opt Options) (err error) {
 		group.Go(func() error { return kube.Watch(ctx, l.signals.kube.put) })
 	}
 	l.watchFiles(ctx, group, filesLog)
-	group.Go(func() error { return serve(ctx, listener, runDir, l.status(), log) })
+	group.Go(func() error { return serve(ctx, listener, runDir, l.status(web), log) })
+	if web != nil {
+		group.Go(func() error { web.run(ctx); return nil })
+	}
 	group.Go(func() error {
 		<-ctx.Done()
 		service.stopping()
@@ -237,6 +244,7 @@ func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *l
 		options: &optionFiles{running: cfg, sources: opt.ConfigSources},
 		agent:   AgentStatus{State: Running, PID: os.Getpid(), Version: opt.Version, Started: time.Now()},
 	}
+	l.reloads.LastAccepted = l.agent.Started
 	l.facts.ports = cfg.Ports(nil) // never empty
 	if cfg.IPMasqAgent {
 		l.ipMasq = &ipMasqFile{loader: ipmasq.Loader{Path: cfg.IPMasqAgentPath, Profile: ipmasq.Profile(cfg.IPMasqAgentProfile)}}
@@ -248,8 +256,10 @@ func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *l
 }
 
 // status returns what answers for the status: the last view with what the kernel says now.
-func (l *loop) status() func() (Status, error) {
+func (l *loop) status(web *httpServer) func() (Status, error) {
 	return func() (Status, error) {
+		v := *l.published.Load()
+		v.agent.HTTPError = web.problem()
 		k, err := l.inspect()
 		switch {
 		case isNone(err): // rules are there from the first apply on
@@ -259,7 +269,7 @@ func (l *loop) status() func() (Status, error) {
 		default:
 			defer k.Close()
 		}
-		s, err := l.published.Load().status(time.Now(), k)
+		s, err := v.status(time.Now(), k)
 		s.Kubernetes = kubeStatus(l.cfg, l.kube)
 		return s, err
 	}

@@ -155,7 +155,7 @@ func (k *fakeKernel) Apply(_ context.Context, p *policy.Policy) error {
 
 func (k *fakeKernel) Walk(context.Context) (datapath.Swept, error) {
 	k.say("sweep")
-	return datapath.Swept{Took: k.walkTook}, nil
+	return datapath.Swept{Took: k.walkTook, Protos: [2]map[uint8]int{{policy.ProtoTCP: 4}}, Worst: datapath.PortUse{Used: 1, Pool: 4}}, nil
 }
 
 func (k *fakeKernel) SetTunnels([]datapath.Tunnel) error { return nil }
@@ -192,6 +192,11 @@ func (k fakeInspector) Leaks() (devices, samples []datapath.Leak, err error) {
 	return k.leaks, k.samples, k.err
 }
 func (k fakeInspector) WorstPort() (datapath.PortUse, error) { return k.worst, k.err }
-func (k fakeInspector) Applied() bool                        { return k.applied }
-func (k fakeInspector) Tier() string                         { return "tcx" }
-func (k fakeInspector) Close() error                         { return nil }
+func (k fakeInspector) Limits() [2]datapath.Usage            { return k.usage }
+func (k fakeInspector) Reclaimed() (uint64, error)           { return 5, k.err }
+func (k fakeInspector) Pods(most int) ([]datapath.Pod, error) {
+	return []datapath.Pod{{Addr: netip.MustParseAddr("10.1.0.9"), Flows: 3}}[:min(most, 1)], k.err
+}
+func (k fakeInspector) Applied() bool { return k.applied }
+func (k fakeInspector) Tier() string  { return "tcx" }
+func (k fakeInspector) Close() error  { return nil }

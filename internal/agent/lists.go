@@ -191,3 +191,11 @@ func (f *optionFiles) reload(log *slog.Logger) (news bool) {
 	f.changed, f.err = changed, nil
 	return news
 }
+
+// noteReload remembers whether a file was another than at its last reading.
+func (l *loop) noteReload(now time.Time, news bool, err error) {
+	if news {
+		l.news = true
+		l.reloads.Add(now, err == nil)
+	}
+}

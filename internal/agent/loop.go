@@ -14,6 +14,7 @@ import (
 	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/iptables"
+	"bauta.dev/bauta/internal/metrics"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -105,7 +106,11 @@ type loop struct {
 	portsError string    // why the pool is not what it should be
 	warned     []string  // that the log has
 
+	reloads metrics.Reloads
+
 	published atomic.Pointer[view]
+	walks     atomic.Pointer[metrics.Walks] // nil: none has ended yet
+	turned    pulse
 }
 
 // stale says which facts have to be read again.
@@ -147,6 +152,7 @@ func (l *loop) run(ctx context.Context) error {
 	defer l.awaitForeign()
 	l.stale, l.force = allStale, true
 	for ctx.Err() == nil {
+		l.turned.beat()
 		l.next(ctx, &c)
 	}
 	return nil
@@ -339,18 +345,18 @@ func (l *loop) settle() {
 func (l *loop) read() error {
 	now := time.Now()
 	if l.stale.ipMasq && l.ipMasq != nil {
-		l.news = l.ipMasq.reload(now, l.earlier, l.log) || l.news
+		l.noteReload(now, l.ipMasq.reload(now, l.earlier, l.log), l.ipMasq.err)
 		l.facts.nonMasq = l.ipMasq.list.Rules
 	}
 	if l.stale.nodes && l.nodes != nil {
-		l.news = l.nodes.reload(now, l.earlier, l.log) || l.news
+		l.noteReload(now, l.nodes.reload(now, l.earlier, l.log), l.nodes.err)
 		l.facts.nodes = l.nodes.nodes
 	}
 	if l.stale.kube && l.kube != nil {
 		l.readKube()
 	}
 	if l.stale.options {
-		l.news = l.options.reload(l.log) || l.news
+		l.noteReload(now, l.options.reload(l.log), l.options.err)
 	}
 	l.stale.ipMasq, l.stale.nodes, l.stale.options, l.stale.kube = false, false, false, false
 	if l.stale.network {

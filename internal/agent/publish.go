@@ -17,7 +17,10 @@ func (l *loop) announce() {
 
 // publish writes policy.json if it has changed, and shows the state to readers.
 func (l *loop) publish() {
-	v := &view{agent: l.agent, missing: l.wanted.selection.Missing, portsError: l.portsError}
+	v := &view{agent: l.agent, missing: l.wanted.selection.Missing, portsError: l.portsError, reloads: l.reloads}
+	if l.kernel != nil {
+		v.attached = l.kernel.Attached()
+	}
 	if l.options.err != nil {
 		v.agent.ConfigError = l.options.err.Error()
 	}
@@ -118,9 +121,6 @@ func configWarnings(cfg config.Config) []string {
 	list := append([]string(nil), cfg.Warnings...)
 	if len(cfg.Ignored) > 0 {
 		list = append(list, "keys of the config directory without effect here: "+strings.Join(cfg.Ignored, ", "))
-	}
-	if cfg.MetricsAddr != "" {
-		list = append(list, "prometheus-serve-addr: not in this release, has no effect")
 	}
 	return list
 }

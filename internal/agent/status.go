@@ -83,6 +83,8 @@ type AgentStatus struct {
 	Error string `json:"error,omitempty"`
 	// AttachError is why the policy in force is not so on every device; it is being retried.
 	AttachError string `json:"attachError,omitempty"`
+	// HTTPError is why prometheus-serve-addr does not answer; it is being retried.
+	HTTPError string `json:"httpError,omitempty"`
 }
 
 // DatapathStatus is about the objects in the kernel.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/metrics"
 )
 
 // walked is the result of a walk through the flow tables.
@@ -36,6 +37,9 @@ func (l *loop) swept(ctx context.Context, w walked) {
 		return
 	}
 	err := w.err
+	if err == nil && l.cfg.BPF && l.inForce != nil { // netfilter walks through its table by itself
+		l.walks.Store(new(l.sumOfWalks().After(w.swept, time.Now())))
+	}
 	if err == nil && l.flows != nil {
 		before := l.changeover.draining()
 		err = l.flows.Drain(w.swept)
@@ -55,6 +59,14 @@ func (l *loop) swept(ctx context.Context, w walked) {
 		l.walkAgain = false
 		l.sweep(ctx)
 	}
+}
+
+// sumOfWalks is that of all walks that have ended.
+func (l *loop) sumOfWalks() metrics.Walks {
+	if before := l.walks.Load(); before != nil {
+		return *before
+	}
+	return metrics.Walks{}
 }
 
 func (d *DrainingStatus) same(e *DrainingStatus) bool {

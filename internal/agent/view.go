@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"bauta.dev/bauta/internal/datapath"
+	"bauta.dev/bauta/internal/metrics"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -19,6 +20,8 @@ type view struct {
 	missing    []string // devices that the configuration names and no device has
 	portsError string   // see PortsStatus.Error
 	warnings   []string
+	attached   []datapath.Attachment // by the owner of the data plane
+	reloads    metrics.Reloads
 }
 
 // status is the view with what the kernel says now. A nil inspector leaves that out.

@@ -49,12 +49,13 @@ type Config struct {
 	TakeOver            string // empty: nothing; Unnamed: a switch of old, which names nothing
 	AllowPrivateBPFFS   bool
 
-	K8s         bool
-	Kubeconfig  string // empty: in-cluster
-	NodeName    string
-	MetricsAddr string // HOST:PORT; empty: off
-	LogLevel    slog.Level
-	LogFormat   string // text or json
+	K8s           bool
+	Kubeconfig    string // empty: in-cluster
+	NodeName      string
+	MetricsAddr   string // HOST:PORT; empty: off
+	MetricsPerPod int    // addresses that have series of their own
+	LogLevel      slog.Level
+	LogFormat     string // text or json
 
 	Warnings []string // for status
 	Ignored  []string // keys of the directory that have no effect here, sorted

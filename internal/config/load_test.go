@@ -58,6 +58,7 @@ var samples = map[string]string{
 	"k8s-kubeconfig-path":               "/root/.kube/config",
 	"k8s-node-name":                     "node-1",
 	"prometheus-serve-addr":             "127.0.0.1:9965",
+	"metrics-per-pod":                   "20",
 	"log-level":                         "debug",
 	"log-format":                        "json",
 }

@@ -59,6 +59,8 @@ var refused = []struct{ name, options, want string }{
 	{"node address", "node-addresses=::ffff:10.0.0.1 masquerade-forwarded=true", "IPv4-mapped"},
 	{"metrics", "prometheus-serve-addr=9965 masquerade-forwarded=true", "not an address to listen on\nwrite HOST:PORT"},
 	{"metrics port", "prometheus-serve-addr=:http masquerade-forwarded=true", "not an address to listen on"},
+	{"metrics per pod", "metrics-per-pod=1001 masquerade-forwarded=true", "out of bounds\nwrite a number of addresses from 1 to 1000, or 0 for none"},
+	{"negative metrics per pod", "metrics-per-pod=-1 masquerade-forwarded=true", "out of bounds"},
 }
 
 func TestRefused(t *testing.T) {

@@ -190,6 +190,21 @@ func setMetricsAddr(c *Config, s setting) error {
 	return nil
 }
 
+// mostPods bounds the series of /metrics, whatever the option says.
+const mostPods = 1000
+
+func setMetricsPerPod(c *Config, s setting) error {
+	n, err := s.int()
+	switch {
+	case err != nil:
+		return err
+	case n < 0 || n > mostPods:
+		return s.refuse("out of bounds", fmt.Sprintf("write a number of addresses from 1 to %d, or 0 for none", mostPods))
+	}
+	c.MetricsPerPod = n
+	return nil
+}
+
 func setLogLevel(c *Config, s setting) error {
 	return c.LogLevel.UnmarshalText([]byte(s.text()))
 }

@@ -89,7 +89,7 @@ var table = []Metric{
 		"packets by what was decided of them", "Segments count as the packets that they become. Reasons: [outcomes](outcomes.md). A reason appears with its first packet.",
 		`sum by (reason) (rate(bauta_packets_total{direction="egress"}[5m]))`},
 	{"bytes_total", Counter, []string{"direction", "family", "reason"}, BPFOnly, InKernel,
-		"bytes of those packets, as the tc hook sees them", "With the header of the link layer; of segmented packets it is there once.",
+		"bytes of those packets, from the IP header on", "Segments share the headers that they come with: they count once.",
 		`sum(rate(bauta_bytes_total{direction="egress", reason=~"masq-.*"}[5m]))`},
 	{"drops_total", Counter, []string{"reason"}, Anywhere, InKernel,
 		"packets dropped, by reason", "Both directions and families. In eBPF mode every reason is there from the start; in iptables mode those that rules have counted, and the counters begin anew when somebody writes the rules.",
