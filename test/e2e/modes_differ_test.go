@@ -26,6 +26,7 @@ var notInIPTables = map[string]string{
 	"TestBPFFS":               noPrograms,
 	"TestDetachedByOthers":    noPrograms, // of rules: TestIPTablesModeHeals
 	"TestLeakSentinel":        noPrograms,
+	"TestMetrics":             noPrograms, // of rules: TestIPTablesModeMetrics
 	"TestExclusionRemoved":    firstPacket,
 	"TestReclaimWithoutAgent": itsFlows,
 	"TestFloodedNeighbor":     noBounds,
