@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"flag"
+	"fmt"
 	"net/http"
 	"net/netip"
 	"os"
@@ -174,6 +175,19 @@ func TestContract(t *testing.T) {
 			t.Errorf("%s: labels %q, want %q", name, got, labels)
 		}
 	}
+}
+
+// What the process takes is there too, by the names that all programs have.
+func TestProcess(t *testing.T) {
+	body, _, err := exposition(t, func() (metrics.Reading, error) { return bpfReading(), nil }).Render(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names strings.Builder
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (process_\w+) `).FindAllStringSubmatch(string(body), -1) {
+		fmt.Fprintln(&names, m[1])
+	}
+	golden(t, "testdata/process.txt", names.String())
 }
 
 // A reading that fails makes a scrape fail, and the next one is as good as ever.

@@ -35,6 +35,7 @@ var notInIPTables = map[string]string{
 	"TestLostState":           strangers,
 	"BenchmarkScale":          noPrograms, // packets are shown to programs
 	"BenchmarkScaleList":      noPrograms,
+	"BenchmarkScaleScrape":    noPrograms,
 }
 
 // Each test of the table exists, and the page for users has its reason, and those of the

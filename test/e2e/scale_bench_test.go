@@ -41,10 +41,25 @@ type scale struct {
 	complete        time.Time // no flow began later
 }
 
+// newEmptyScale has no flow yet.
+func newEmptyScale(b *testing.B, args ...string) *scale {
+	b.Helper()
+	args = append(args, fmt.Sprintf("--bpf-nat-global-max=%d", 2*scaleFlows),
+		"--nat-timeout-udp="+scaleTimer.String(), "--nat-timeout-udp-stream=1h", "--log-level=debug", "--log-format=json",
+		"--max-new-flows-per-pod=0") // one pod makes them, as fast as it can
+	return &scale{node: startNode(b, lab.Options{}, args...)}
+}
+
 func newScale(b *testing.B) *scale {
 	b.Helper()
-	s := &scale{node: startNode(b, lab.Options{}, fmt.Sprintf("--bpf-nat-global-max=%d", 2*scaleFlows),
-		"--nat-timeout-udp="+scaleTimer.String(), "--nat-timeout-udp-stream=1h", "--log-level=debug", "--log-format=json")}
+	s := newEmptyScale(b)
+	s.fill(b)
+	return s
+}
+
+// fill makes the flows.
+func (s *scale) fill(b *testing.B) {
+	b.Helper()
 	var err error
 	s.index, err = s.Node.Index("eth0")
 	must(b, err)
@@ -60,7 +75,6 @@ func newScale(b *testing.B) *scale {
 		}
 	}
 	s.complete = time.Now()
-	return s
 }
 
 // attached is the program of a tcx link of eth0.
@@ -244,4 +258,32 @@ func BenchmarkScaleList(b *testing.B) {
 			b.ReportMetric(cpu.Seconds()/float64(b.N), "cpu-s/op")
 		})
 	}
+}
+
+// BenchmarkScaleScrape gives what a scrape costs without a flow and with a million, between two
+// sweeps.
+func BenchmarkScaleScrape(b *testing.B) {
+	s := newEmptyScale(b, httpOption)
+	measure := func(b *testing.B) {
+		const times = 200
+		for b.Loop() {
+			start := time.Now()
+			labtest.Eventually(b, 2*time.Minute, func() error {
+				if s.begun(start) == 0 {
+					return fmt.Errorf("no sweep after %v", time.Since(start))
+				}
+				return nil
+			})
+			b.ReportMetric(s.scrape()[`nat_flows{family="ipv4",proto="udp"}`], "flows")
+			cpu, begin := s.cpu(), time.Now()
+			for range times {
+				s.scrape()
+			}
+			b.ReportMetric(float64(time.Since(begin).Microseconds())/1000/times, "ms/scrape")
+			b.ReportMetric(float64((s.cpu()-cpu).Microseconds())/1000/times, "cpu-ms/scrape")
+		}
+	}
+	b.Run("empty", measure)
+	s.fill(b)
+	b.Run("million", measure)
 }
