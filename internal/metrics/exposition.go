@@ -32,7 +32,7 @@ func (x *Exposition) Render(request http.Header) (body []byte, contentType strin
 	if err != nil {
 		return nil, "", fmt.Errorf("metrics: %w", err)
 	}
-	format := expfmt.Negotiate(request)
+	format := expfmt.NegotiateAccept(request, expfmt.FmtText, expfmt.FmtProtoDelim) // who takes anything is a person
 	var buf bytes.Buffer
 	encoder := expfmt.NewEncoder(&buf, format)
 	for _, f := range families {

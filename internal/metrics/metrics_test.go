@@ -141,7 +141,11 @@ func TestExposition(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			text := page(t, r)
 			golden(t, filepath.Join("testdata", name+".txt"), text)
-			promtool(t, text, "check", "metrics")
+			body, _, err := exposition(t, func() (metrics.Reading, error) { return r, nil }).Render(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			promtool(t, string(body), "check", "metrics")
 		})
 	}
 }
@@ -208,12 +212,17 @@ func TestFailingReading(t *testing.T) {
 func TestScrapesAtOnce(t *testing.T) {
 	x := exposition(t, func() (metrics.Reading, error) { return bpfReading(), nil })
 	var all sync.WaitGroup
-	for _, accept := range []string{"", "text/plain;version=0.0.4", "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"} {
-		for range 10 {
+	const text, protobuf = "text/plain; version=0.0.4", "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
+	for accept, want := range map[string]string{
+		"": text, "*/*": text, "text/html,application/xhtml+xml,*/*;q=0.8": text, "text/plain;version=0.0.4": text, protobuf: protobuf,
+		"application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1": text,
+		protobuf + ";q=0.6,text/plain;version=0.0.4;q=0.4,*/*;q=0.1":                                protobuf,
+	} {
+		for range 5 {
 			all.Go(func() {
 				body, kind, err := x.Render(http.Header{"Accept": {accept}})
-				if err != nil || !bytes.Contains(body, []byte("bauta_port_use_ratio_max")) || accept != "" && !strings.HasPrefix(kind, accept[:10]) {
-					t.Errorf("%q: %q %v", accept, kind, err)
+				if err != nil || !bytes.Contains(body, []byte("bauta_port_use_ratio_max")) || !strings.HasPrefix(kind, want) {
+					t.Errorf("%q: %q %v, want %s", accept, kind, err, want)
 				}
 			})
 		}
