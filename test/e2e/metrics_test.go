@@ -27,16 +27,19 @@ const (
 )
 
 // page gets a page of the agent.
-func (n *node) page(path string) (code int, body string, err error) {
+func (n *node) page(path string) (code int, body string, err error) { return n.get(httpAddr, path) }
+
+// get gets a page of whoever listens in the node.
+func (n *node) get(addr, path string) (code int, body string, err error) {
 	dial := func(context.Context, string, string) (conn net.Conn, err error) {
 		err = n.Node.Do(func() error {
-			conn, err = net.Dial("tcp", httpAddr)
+			conn, err = net.Dial("tcp", addr)
 			return err
 		})
 		return conn, err
 	}
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
-	answer, err := client.Get("http://" + httpAddr + path)
+	answer, err := client.Get("http://" + addr + path)
 	if err != nil {
 		return 0, "", err
 	}
