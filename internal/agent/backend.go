@@ -55,7 +55,7 @@ type flowMeter interface {
 // netfilterMeter is what netfilter counts instead.
 type netfilterMeter interface {
 	Conntrack() (ConntrackUsage, error)
-	Drops() (map[string]uint64, error) // by reason, no zeroes
+	Drops() (map[string]uint64, error) // by reason, also those that have dropped none
 }
 
 // modeOf is the mode by the name that the status has.

@@ -107,7 +107,7 @@ func (k fakeRuleInspector) Applied() bool                               { return
 func (k fakeRuleInspector) Tier() string                                { return "iptables-nft" }
 func (k fakeRuleInspector) Conntrack() (ConntrackUsage, error)          { return k.used, nil }
 func (k fakeRuleInspector) Drops() (map[string]uint64, error) {
-	return map[string]uint64{"drop-stray": 2}, nil
+	return map[string]uint64{"drop-stray": 2, "drop-protocol": 0}, nil
 }
 func (k fakeRuleInspector) Close() error { return nil }
 

@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -122,6 +123,7 @@ func (s *Status) read(k inspector) error {
 		if s.Drops, err = m.Drops(); err != nil {
 			return fmt.Errorf("read counters: %w", err)
 		}
+		maps.DeleteFunc(s.Drops, func(_ string, n uint64) bool { return n == 0 })
 	}
 	if m, ok := k.(flowMeter); ok {
 		return s.readMeter(m, attached)

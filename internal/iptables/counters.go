@@ -7,7 +7,7 @@ import (
 )
 
 // Drops are the packets that rules of ours dropped, by the reason that the rule names, since
-// each rule was written.
+// each rule was written. A rule that has dropped none yet counts too.
 func (i *Inspector) Drops(ctx context.Context, o Options) (map[string]uint64, error) {
 	ctx, cancel := o.reading(ctx)
 	defer cancel()
@@ -37,7 +37,7 @@ func countDrops(out string, drops map[string]uint64) {
 		}
 		count, _, _ := strings.Cut(strings.TrimPrefix(words[0], "["), ":")
 		n, err := strconv.ParseUint(count, 10, 64)
-		if reason := option(words, "--comment"); err == nil && n > 0 && reason != "" {
+		if reason := option(words, "--comment"); err == nil && reason != "" {
 			drops[reason] += n
 		}
 	}

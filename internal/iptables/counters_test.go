@@ -19,7 +19,7 @@ COMMIT
 `
 	got := make(map[string]uint64)
 	countDrops(out, got)
-	if want := map[string]uint64{"drop-stray": 5, "drop-no-address": 4}; !maps.Equal(got, want) {
+	if want := map[string]uint64{"drop-stray": 5, "drop-no-address": 4, "drop-protocol": 0}; !maps.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }

@@ -92,7 +92,7 @@ var table = []Metric{
 		"bytes of those packets, from the IP header on", "Segments share the headers that they come with: they count once.",
 		`sum(rate(bauta_bytes_total{direction="egress", reason=~"masq-.*"}[5m]))`},
 	{"drops_total", Counter, []string{"reason"}, Anywhere, InKernel,
-		"packets dropped, by reason", "Both directions and families. In eBPF mode every reason is there from the start; in iptables mode those that rules have counted, and the counters begin anew when somebody writes the rules.",
+		"packets dropped, by reason", "Both directions and families. In eBPF mode every reason is there from the start; in iptables mode those that there are rules for, and they begin anew when rules are written.",
 		`increase(bauta_drops_total{reason=~"drop-no-port|drop-no-address|drop-table-full|drop-map-error"}[10m]) > 0`},
 	{"nat_flows", Gauge, []string{"family", "proto"}, BPFOnly, InAgent,
 		"flows in the table, those of the node itself too, as the last walk met them", "`nat_gc_last_timestamp_seconds` says when that was: 5 to 35 seconds ago. Absent before the first walk. `proto` is `tcp`, `udp`, `icmp` (ICMPv6 too), `sctp`, `udplite` or `other`.",
