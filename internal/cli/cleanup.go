@@ -7,8 +7,10 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,7 +25,7 @@ import (
 const endTimeout = 15 * time.Second
 
 func (a *app) newCleanup() *cobra.Command {
-	var force bool
+	var force, stay bool
 	c := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove everything Bauta put on this node",
@@ -33,7 +35,10 @@ directory. Masquerading ends, and running masqueraded connections break.
 
 It refuses while an agent runs there. Doing it twice is harmless.`,
 		Example: `  sudo systemctl stop bauta && sudo bauta cleanup
-  sudo bauta cleanup --force`,
+  sudo bauta cleanup --force
+
+  # in the pods of a DaemonSet, which must not end: docs/kubernetes.md
+  bauta cleanup --stay`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := a.requireRoot(c, "try sudo "+c.CommandPath()); err != nil {
@@ -45,10 +50,17 @@ It refuses while an agent runs there. Doing it twice is harmless.`,
 			if err := a.withoutAgent(c.Context(), force); err != nil {
 				return err
 			}
-			return a.cleanup(c.Context())
+			if err := a.cleanup(c.Context()); err != nil || !stay {
+				return err
+			}
+			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			<-ctx.Done()
+			return nil
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "end an agent that runs there first")
+	c.Flags().BoolVar(&stay, "stay", false, "when all is removed, wait for SIGTERM: for the pods of a DaemonSet")
 	return c
 }
 

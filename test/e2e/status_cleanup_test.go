@@ -3,8 +3,10 @@ package e2e_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -105,6 +107,39 @@ func TestCleanup(t *testing.T) {
 				t.Errorf("cleanup names nothing: %q", out)
 			}
 		})
+	}
+}
+
+// With --stay cleanup ends when it is told to, and not with the work: what it has removed is
+// gone before.
+func TestCleanupStays(t *testing.T) {
+	t.Parallel()
+	n := startNode(t, lab.Options{})
+	n.stop()
+	out := new(logBuffer)
+	cmd := exec.Command(n.bin, n.command([]string{"cleanup", "--stay", "--bpf-root", n.bpfRoot, "--run-dir", n.runDir})...)
+	cmd.Env = append(os.Environ(), n.lockFile())
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	must(t, startIn(n.Node, cmd))
+	p := watch(cmd, nil)
+	defer p.kill()
+	labtest.Eventually(t, patience, func() error {
+		if p.ended() {
+			t.Fatalf("ended by itself: %v\n%s", p.err, out)
+		}
+		if !strings.Contains(out.String(), "Removed "+n.runDir+"\n") { // its last line
+			return fmt.Errorf("output %q", out)
+		}
+		return nil
+	})
+	wantError(t, n.try("status"), 1, "no agent and no data plane")
+	if p.ended() {
+		t.Fatalf("ended by itself: %v\n%s", p.err, out)
+	}
+	must(t, cmd.Process.Signal(syscall.SIGTERM))
+	if err := p.wait(t, patience); err != nil {
+		t.Errorf("after SIGTERM: %v\n%s", err, out)
 	}
 }
 
