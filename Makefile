@@ -2,11 +2,11 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOFLAGS_BUILD = -trimpath -ldflags "-s -w -X bauta.dev/bauta/internal/cli.version=$(VERSION)"
 # The packages whose tests need root and a kernel; all others are unprivileged.
-ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/... ./internal/iptables/... ./internal/lab/... ./internal/demo/... ./test/...
+ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/... ./internal/iptables/... ./internal/lab/... ./internal/demo/... ./test/e2e ./test/kernels/...
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: help build image generate check lint test kernels fuzz bench demo ci ci-generated
+.PHONY: help build image chart generate check lint test kernels fuzz bench demo ci ci-generated
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ image: ## OCI archives in dist/: both variants, both architectures, with SBOMs
 	@mkdir -p dist
 	for variant in ebpf iptables; do for arch in amd64 arm64; do \
 		go run ./packaging/image -o dist/bauta-$$variant-$$arch.tar -variant $$variant -arch $$arch -version "$(VERSION)" || exit 1; done; done
+
+chart: ## the Helm chart: its tests, and dist/bauta-VERSION.tgz (builds helm the first time: 3 minutes of CPU)
+	@tools/need demo
+	@tools/helm/build >/dev/null
+	go test -count=1 ./test/chart
+	tools/helm/package "$(VERSION)" dist
 
 demo: build ## the main job, proved in network namespaces on this machine (root, 20 s)
 	./bauta demo
@@ -41,7 +47,7 @@ lint: ## gofmt, staticcheck, clang-format, shellcheck
 	@test -z "$$(gofmt -l cmd internal packaging test)" || { gofmt -l cmd internal packaging test; echo "run gofmt -w on these"; exit 1; }
 	go tool -modfile=tools/go.mod staticcheck ./...
 	clang-format-19 --dry-run --Werror bpf/*.c bpf/*.h
-	shellcheck tools/need .ci/run $(wildcard test/kernels/run test/kernels/fetch)
+	shellcheck tools/need tools/helm/build tools/helm/package .ci/run $(wildcard test/kernels/run test/kernels/fetch)
 
 generate: ## the BPF objects, with the pinned clang
 	@tools/need generate
@@ -62,4 +68,4 @@ fuzz: ## each fuzz test of the programs for FUZZTIME, one after the other (root)
 bench: ## ns per packet of the programs (root)
 	go test -run '^$$' -bench . -benchtime 1x -count 5 -timeout 30m ./internal/datapath
 
-ci: lint test ci-generated ## what CI runs
+ci: lint test chart ci-generated ## what CI runs

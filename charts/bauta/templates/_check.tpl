@@ -4,8 +4,13 @@
 {{- if and $v.ipMasqAgent.config $v.ipMasqAgent.existingConfigMap -}}
 {{- fail "ipMasqAgent: config makes a ConfigMap and existingConfigMap adopts one: give one of the two, and further ones as ipMasqAgent.fragments" -}}
 {{- end -}}
-{{- if has (include "bauta.ipMasqAgentConfigMap" .) $v.ipMasqAgent.fragments -}}
-{{- fail (printf "ipMasqAgent.fragments: %s is read already" (include "bauta.ipMasqAgentConfigMap" .)) -}}
+{{- $names := list -}}
+{{- range include "bauta.lists" . | fromYamlArray -}}
+{{- if has .name $names }}{{ fail (printf "ipMasqAgent.fragments: %s is read already" .name) }}{{ end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- if and $v.remoteNodeMasquerade (not (kindIs "invalid" $v.enableRemoteNodeMasquerade)) -}}
+{{- fail "remoteNodeMasquerade and enableRemoteNodeMasquerade say the same: give only remoteNodeMasquerade" -}}
 {{- end -}}
 {{- if eq $v.existingConfigDirConfigMap "bauta-config" -}}
 {{- fail "existingConfigDirConfigMap: bauta-config is the one that this chart makes" -}}

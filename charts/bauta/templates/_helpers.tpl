@@ -32,8 +32,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if not .Values.prometheus.enabled }}127.0.0.1{{ end }}:{{ .Values.prometheus.port -}}
 {{- end }}
 
-{{- define "bauta.ipMasqAgentConfigMap" -}}
-{{- .Values.ipMasqAgent.existingConfigMap | default "ip-masq-agent" -}}
+{{/* The ConfigMaps that have the list, a map each, in YAML. A file bears the name of its ConfigMap. */}}
+{{- define "bauta.lists" -}}
+{{- $lists := list (dict "name" (.Values.ipMasqAgent.existingConfigMap | default "ip-masq-agent") "key" "config") -}}
+{{- range .Values.ipMasqAgent.fragments -}}
+{{- if kindIs "string" . }}{{ $lists = append $lists (dict "name" . "key" "config") }}{{ else }}{{ $lists = append $lists . }}{{ end -}}
+{{- end -}}
+{{- toYaml $lists -}}
 {{- end }}
 
 {{/* A value as the agent reads it: a list with commas, a number without an exponent. */}}

@@ -21,6 +21,7 @@ Some options are not read from a directory: they are arguments of the container.
   "enable-masquerade-to-route-source" $v.enableMasqueradeRouteSource
   "iptables-random-fully" $v.iptablesRandomFully
   "remote-node-masquerade" $v.remoteNodeMasquerade
+  "enable-remote-node-masquerade" $v.enableRemoteNodeMasquerade
   "pod-cidrs" $v.podCIDRs
   "masquerade-forwarded" $v.masqueradeForwarded
   "node-port-range" $v.nodePortRange
