@@ -13,7 +13,7 @@ func put(t *testing.T, path, text string) {
 }
 
 // kubelet writes files as the kubelet's AtomicWriter does: into a new
-// directory, to which ..data is then swapped.
+// directory, to which ..data is then swapped; names that are no more go last.
 func kubelet(t *testing.T, dir, version string, content map[string]string) {
 	t.Helper()
 	must(t, os.MkdirAll(filepath.Join(dir, version), 0o755))
@@ -26,6 +26,11 @@ func kubelet(t *testing.T, dir, version string, content map[string]string) {
 	old, _ := os.Readlink(filepath.Join(dir, "..data"))
 	must(t, os.Symlink(version, filepath.Join(dir, "..data_tmp")))
 	must(t, os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")))
+	for _, e := range files(dir) {
+		if _, ok := content[e.Name()]; !ok {
+			must(t, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
 	if old != "" {
 		must(t, os.RemoveAll(filepath.Join(dir, old)))
 	}
@@ -131,6 +136,16 @@ var stories = []struct {
 			kubeletStep("swap", "d", "..2", map[string]string{"a": "1", "b": "2"}, true),
 			kubeletStep("swap to the same", "d", "..3", map[string]string{"a": "1", "b": "2"}, false),
 			kubeletStep("a key more", "d", "..4", map[string]string{"a": "1", "b": "2", "c": "3"}, true),
+		}},
+	{name: "ConfigMaps come and go", path: "d",
+		setup: func(t *testing.T, dir string) { kubelet(t, filepath.Join(dir, "d"), "..1", nil) },
+		steps: []step{
+			kubeletStep("the first", "d", "..2", map[string]string{"a": "1"}, true),
+			kubeletStep("another, which says the same", "d", "..3", map[string]string{"a": "1", "b": "1"}, true),
+			kubeletStep("the first goes", "d", "..4", map[string]string{"b": "1"}, true),
+			kubeletStep("a swap to the same", "d", "..5", map[string]string{"b": "1"}, false),
+			kubeletStep("the last goes", "d", "..6", nil, true),
+			kubeletStep("one is back", "d", "..7", map[string]string{"b": "1"}, true),
 		}},
 	{name: "a link to a file elsewhere", path: "f",
 		setup: func(t *testing.T, dir string) {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -100,40 +101,92 @@ func IsFragment(name string) bool {
 	return !strings.HasPrefix(name, ".") && !strings.HasSuffix(name, "~")
 }
 
-// readDir reads the fragments of a directory in the order of their names.
+// dataLink is the kubelet's: in a volume of ConfigMaps it leads to the directory of the version
+// in force, and each name in the volume is a link through it. The names come after a swap and
+// go after one, so they are not looked at: the version has all.
+const dataLink = "..data"
+
+// readDir reads the fragments of a directory in the order of their names. It reads a volume of
+// the kubelet's at one version: lists of two would be merged to one that nobody wrote.
 func readDir(dir string) (fragments []Fragment, warnings []string, err error) {
+	const tries = 10 // the kubelet swaps once a second at most
+	for range tries {
+		version, _ := os.Readlink(filepath.Join(dir, dataLink)) // none: not the kubelet's
+		fragments, warnings, err = readVersion(dir, version)
+		if now, _ := os.Readlink(filepath.Join(dir, dataLink)); now == version {
+			return fragments, warnings, err
+		}
+	}
+	return nil, nil, fmt.Errorf("%s: changed while it was read, %d times", dir, tries)
+}
+
+// place is a fragment: the path it is known by, and where its content is.
+type place struct {
+	path, content string
+	isLink        bool
+}
+
+func readVersion(dir, version string) (fragments []Fragment, warnings []string, err error) {
+	places, err := placesIn(dir, version)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, p := range places {
+		info, err := os.Stat(p.content)
+		if errors.Is(err, fs.ErrNotExist) {
+			if p.isLink {
+				warnings = append(warnings, p.path+": a symbolic link to nothing, not read")
+			}
+			continue
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", p.path, cause(err))
+		}
+		if !info.Mode().IsRegular() {
+			continue
+		}
+		data, err := readFile(p.content, info)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // gone since the directory was read
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", p.path, err)
+		}
+		fragments = append(fragments, Fragment{p.path, data})
+	}
+	return fragments, warnings, nil
+}
+
+// placesIn returns the fragments of a directory, and of the kubelet's version in it.
+func placesIn(dir, version string) (places []place, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", dir, cause(err))
+		return nil, fmt.Errorf("%s: %w", dir, cause(err))
 	}
 	for _, e := range entries {
 		if !IsFragment(e.Name()) {
 			continue
 		}
 		path := filepath.Join(dir, e.Name())
-		info, err := os.Stat(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			if e.Type()&fs.ModeSymlink != 0 {
-				warnings = append(warnings, path+": a symbolic link to nothing, not read")
-			}
-			continue
+		isLink := e.Type()&fs.ModeSymlink != 0
+		if target, _ := os.Readlink(path); version == "" || !strings.HasPrefix(target, dataLink+"/") {
+			places = append(places, place{path, path, isLink})
 		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", path, cause(err))
-		}
-		if !info.Mode().IsRegular() {
-			continue
-		}
-		data, err := readFile(path, info)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // gone since the directory was read
-		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", path, err)
-		}
-		fragments = append(fragments, Fragment{path, data})
 	}
-	return fragments, warnings, nil
+	if version == "" {
+		return places, nil
+	}
+	if !filepath.IsAbs(version) {
+		version = filepath.Join(dir, version)
+	}
+	entries, _ = os.ReadDir(version) // gone: then the link leads elsewhere by now
+	for _, e := range entries {
+		if IsFragment(e.Name()) {
+			places = append(places, place{path: filepath.Join(dir, e.Name()), content: filepath.Join(version, e.Name())})
+		}
+	}
+	slices.SortStableFunc(places, func(a, b place) int { return strings.Compare(a.path, b.path) })
+	return places, nil
 }
 
 func readFile(path string, info fs.FileInfo) ([]byte, error) {
