@@ -34,7 +34,7 @@
 {{- $notes = append $notes (printf "existingConfigDirConfigMap: a change of %s takes effect when the pods are replaced: kubectl -n %s rollout restart daemonset/bauta" $v.existingConfigDirConfigMap .Release.Namespace) -}}
 {{- end -}}
 {{- if and (dig "limits" "memory" "" $v.resources) $v.bpf.masquerade -}}
-{{- $notes = append $notes "resources.limits.memory: the tables of the data plane count as memory of the container, and go beyond the limit as they fill." -}}
+{{- $notes = append $notes "resources.limits.memory: the tables of the data plane count as memory of the container, up to 560 MiB with bpf.natMax empty. Below that the agent can't make them." -}}
 {{- end -}}
 {{- if and $v.image.digest (or $v.image.tag $v.image.variant) -}}
 {{- $notes = append $notes "image.digest decides which image is run; image.tag and image.variant only name it." -}}
