@@ -206,7 +206,7 @@ func TestOptionsArrive(t *testing.T) {
 			"snat-port-range": "1024-30999,32768-65535", "unknown-protocols": "drop", "reserved-ports": "40000,50000-50100",
 			"max-ports-per-pod": "4096", "max-new-flows-per-pod": "20000", "leak-sentinel": "true", "node-addresses": "192.0.2.10",
 			"nat-timeout-tcp-syn": "1m", "nat-timeout-tcp-established": "3h", "nat-timeout-tcp-closing": "1m", "nat-timeout-udp": "1m",
-			"nat-timeout-udp-stream": "4m", "nat-timeout-icmp": "30s", "nat-timeout-other": "5m",
+			"nat-timeout-udp-stream": "4m", "nat-timeout-icmp": "30s", "nat-timeout-other": "5m", "metrics-per-pod": "100",
 			"prometheus-serve-addr": ":9978", "log-level": "debug", "log-format": "json"}},
 	} {
 		t.Run(c.set, func(t *testing.T) {

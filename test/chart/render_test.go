@@ -1,11 +1,13 @@
 package chart_test
 
 import (
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
 )
 
@@ -24,8 +26,44 @@ func TestGoldens(t *testing.T) {
 	for _, set := range sets {
 		t.Run(set, func(t *testing.T) {
 			t.Parallel()
-			golden(t, filepath.Join("testdata", set+".golden.yaml"), template(t, set))
+			golden(t, filepath.Join("testdata", set+".golden.yaml"), withoutFiles(t, template(t, set)))
 		})
+	}
+}
+
+// withoutFiles names the files of the chart instead of having their text: they are tested where they are made.
+func withoutFiles(t *testing.T, rendered string) string {
+	t.Helper()
+	for name, indent := range map[string]string{"alerts.yaml": "  ", "dashboard.json": "    "} {
+		text := chartFile(t, name)
+		text = indent + strings.ReplaceAll(text, "\n", "\n"+indent)
+		rendered = strings.ReplaceAll(rendered, text, indent+"(files/"+name+")")
+	}
+	return rendered
+}
+
+func chartFile(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(chartDir, "files", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// Alerts and dashboard arrive as they are in their files: what Prometheus and Grafana expand is not helm's.
+func TestFilesArrive(t *testing.T) {
+	t.Parallel()
+	all := objects(t, template(t, "everything"))
+	if got := all["ConfigMap bauta-dashboard"].get("data", "bauta.json"); got != chartFile(t, "dashboard.json") {
+		t.Errorf("another dashboard:\n%s", got)
+	}
+	var rules map[string]any
+	if err := yaml.UnmarshalStrict([]byte(chartFile(t, "alerts.yaml")), &rules); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(any(rules), all["PrometheusRule bauta"].get("spec")); diff != "" || len(rules) == 0 {
+		t.Errorf("rules (-file +rendered):\n%s", diff)
 	}
 }
 
