@@ -172,6 +172,7 @@ func TestRefusedValues(t *testing.T) {
 		}
 	}
 	// A Kubernetes that has no appArmorProfile.
+	helm(t, "template", "bauta", chartDir, "--kube-version", oldestKube)
 	_, stderr, ok := tool(t, "helm", nil, "template", "bauta", chartDir, "--kube-version", "1.29.9")
 	if ok || !strings.Contains(stderr, "chart requires kubeVersion: >=1.30.0-0") {
 		t.Errorf("Kubernetes 1.29: %v %s", ok, stderr)

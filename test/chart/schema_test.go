@@ -3,6 +3,7 @@ package chart_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -16,11 +17,19 @@ import (
 )
 
 // The schemas that manifests are checked against are Kubernetes' own and the Prometheus
-// operator's own, from the modules that publish them.
-var schemaModules = []struct{ module, sum string }{
-	{"k8s.io/kubernetes@v" + kubeVersion, "h1:qDQdoMiluAE2Eab6Fa52YV+WjiGz9mZFFoagEA6cI+o="},
-	{"github.com/prometheus-operator/prometheus-operator@v0.92.1", "h1:rHWuFo6SVya4FBSCNg2DCzyc4xAv54zk3eDTzp5mQZc="},
-}
+// operator's own, from the modules that publish them, by the hash of their content.
+var (
+	kubernetes = map[string]string{
+		kubeVersion: "h1:qDQdoMiluAE2Eab6Fa52YV+WjiGz9mZFFoagEA6cI+o=",
+		oldestKube:  "h1:MrlKXh9uhLIJpyxOeXhcndzRVSvwiV9iJ8NgH8nqPsg=",
+	}
+	operator = struct{ module, sum string }{
+		"github.com/prometheus-operator/prometheus-operator@v0.92.1", "h1:rHWuFo6SVya4FBSCNg2DCzyc4xAv54zk3eDTzp5mQZc=",
+	}
+)
+
+// oldestKube is of the oldest minor release that the chart can be installed on.
+const oldestKube = "1.30.14"
 
 // moduleDir is the source of a module, downloaded once.
 func moduleDir(ctx context.Context, module, sum string) (string, error) {
@@ -38,12 +47,23 @@ func moduleDir(ctx context.Context, module, sum string) (string, error) {
 	return got.Dir, nil
 }
 
-// schemas writes a JSON schema for each kind, once. A key that the schema does not know is
-// refused, as a strict API server does.
-var schemas = sync.OnceValue(func() error { return writeSchemas(context.Background(), work) })
+// schemas writes a JSON schema for each kind, once, below a directory of the version. A key
+// that the schema does not know is refused, as a strict API server does.
+var schemas = sync.OnceValue(func() error {
+	for version, sum := range kubernetes {
+		dir := filepath.Join(work, version)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		if err := errors.Join(writeKubernetes(context.Background(), dir, version, sum), writeOperator(context.Background(), dir)); err != nil {
+			return err
+		}
+	}
+	return nil
+})
 
-func writeSchemas(ctx context.Context, dir string) error {
-	kube, err := moduleDir(ctx, schemaModules[0].module, schemaModules[0].sum)
+func writeKubernetes(ctx context.Context, dir, version, sum string) error {
+	kube, err := moduleDir(ctx, "k8s.io/kubernetes@v"+version, sum)
 	if err != nil {
 		return err
 	}
@@ -67,7 +87,11 @@ func writeSchemas(ctx context.Context, dir string) error {
 			}
 		}
 	}
-	operator, err := moduleDir(ctx, schemaModules[1].module, schemaModules[1].sum)
+	return nil
+}
+
+func writeOperator(ctx context.Context, dir string) error {
+	module, err := moduleDir(ctx, operator.module, operator.sum)
 	if err != nil {
 		return err
 	}
@@ -81,7 +105,7 @@ func writeSchemas(ctx context.Context, dir string) error {
 				}
 			}
 		}
-		text, err := os.ReadFile(filepath.Join(operator, "example/prometheus-operator-crd", "monitoring.coreos.com_"+strings.ToLower(kind)+"s.yaml"))
+		text, err := os.ReadFile(filepath.Join(module, "example/prometheus-operator-crd", "monitoring.coreos.com_"+strings.ToLower(kind)+"s.yaml"))
 		if err == nil {
 			err = yaml.Unmarshal(text, &crd)
 		}
@@ -171,25 +195,26 @@ func strict(schema any) any {
 }
 
 // conform checks manifests with kubeconform.
-func conform(t *testing.T, manifests string) (report string, ok bool) {
+func conform(t *testing.T, version, manifests string) (report string, ok bool) {
 	t.Helper()
 	if err := schemas(); err != nil {
 		t.Fatal(err)
 	}
-	stdout, stderr, ok := tool(t, "kubeconform", []byte(manifests), "-strict", "-summary", "-verbose", "-schema-location", work+"/{{ .ResourceKind }}{{ .KindSuffix }}.json", "-")
+	stdout, stderr, ok := tool(t, "kubeconform", []byte(manifests), "-strict", "-summary", "-verbose", "-schema-location", filepath.Join(work, version)+"/{{ .ResourceKind }}{{ .KindSuffix }}.json", "-")
 	return stdout + stderr, ok
 }
 
-// Every manifest is what Kubernetes takes.
+// Every manifest is what Kubernetes takes, the newest and the oldest.
 func TestManifestsConform(t *testing.T) {
 	t.Parallel()
 	for _, set := range sets {
 		for _, more := range []string{"startupTaint.enabled=false", "startupTaint.enabled=true"} {
 			rendered := template(t, set, "--set", more)
-			report, ok := conform(t, rendered)
 			want := fmt.Sprintf("Valid: %d, Invalid: 0, Errors: 0, Skipped: 0", len(objects(t, rendered)))
-			if !ok || !strings.Contains(report, want) {
-				t.Errorf("%s: want %s\n%s", set, want, report)
+			for version := range kubernetes {
+				if report, ok := conform(t, version, rendered); !ok || !strings.Contains(report, want) {
+					t.Errorf("%s, Kubernetes %s: want %s\n%s", set, version, want, report)
+				}
 			}
 		}
 	}
@@ -211,7 +236,7 @@ func TestConformityCheckRefuses(t *testing.T) {
 		if broken == rendered {
 			t.Fatalf("no %q in the rendering", c.from)
 		}
-		if report, ok := conform(t, broken); ok || !strings.Contains(report, c.want) {
+		if report, ok := conform(t, kubeVersion, broken); ok || !strings.Contains(report, c.want) {
 			t.Errorf("%s: accepted %v, want %s in\n%s", c.to, ok, c.want, report)
 		}
 	}
