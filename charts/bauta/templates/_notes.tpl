@@ -36,8 +36,11 @@
 {{- if and (dig "limits" "memory" "" $v.resources) $v.bpf.masquerade -}}
 {{- $notes = append $notes "resources.limits.memory: the tables of the data plane count as memory of the container, up to 560 MiB with bpf.natMax empty. Below that the agent can't make them." -}}
 {{- end -}}
-{{- if and $v.image.digest (or $v.image.tag $v.image.variant) -}}
-{{- $notes = append $notes "image.digest decides which image is run; image.tag and image.variant only name it." -}}
+{{- if and $v.image.digest (include "bauta.iptables" .) -}}
+{{- $notes = append $notes "image.digest has to be that of the iptables variant." -}}
+{{- end -}}
+{{- if and (or $v.prometheus.rules.enabled $v.prometheus.dashboard.enabled) (not $v.prometheus.enabled) -}}
+{{- $notes = append $notes "prometheus.rules and prometheus.dashboard show nothing: prometheus.enabled is false." -}}
 {{- end -}}
 {{- if $notes }}{{ toYaml $notes }}{{ end -}}
 {{- end }}
