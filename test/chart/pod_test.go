@@ -189,7 +189,9 @@ func TestPermissions(t *testing.T) {
 	nodes := rule{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get", "list", "watch"}}
 	patch := rule{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"patch"}}
 	events := rule{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}}
-	for set, want := range map[string][]rule{"startupTaint.enabled=false": {nodes}, "startupTaint.enabled=true": {nodes, patch}} {
+	for set, want := range map[string][]rule{
+		"startupTaint.enabled=false": {nodes}, "startupTaint.enabled=true": {nodes, patch}, "startupTaint.enabled=true,startupTaint.admissionPolicy=false": {nodes, patch},
+	} {
 		all := objects(t, template(t, "defaults", "--set", set))
 		if diff := cmp.Diff(want, into[[]rule](t, all["ClusterRole bauta"]["rules"])); diff != "" {
 			t.Errorf("%s: ClusterRole (-want +got):\n%s", set, diff)
@@ -197,11 +199,18 @@ func TestPermissions(t *testing.T) {
 		if diff := cmp.Diff([]rule{events}, into[[]rule](t, all["Role bauta-events"]["rules"])); diff != "" {
 			t.Errorf("%s: Role (-want +got):\n%s", set, diff)
 		}
+		kinds := make(map[string]bool)
 		for key := range all {
 			kind, _, _ := strings.Cut(key, " ")
-			if !slices.Contains([]string{"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "ConfigMap", "DaemonSet"}, kind) {
+			kinds[kind] = true
+			if !slices.Contains([]string{"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "ConfigMap", "DaemonSet",
+				"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}, kind) {
 				t.Errorf("%s: %s", set, key)
 			}
+		}
+		// Whoever may patch nodes is held to one taint of its own node, unless that was not wanted.
+		if held := kinds["ValidatingAdmissionPolicy"] && kinds["ValidatingAdmissionPolicyBinding"]; held != (set == "startupTaint.enabled=true") {
+			t.Errorf("%s: admission policy: %v", set, held)
 		}
 	}
 	// The clean-up needs nothing of the API server.
