@@ -204,11 +204,14 @@ func conform(t *testing.T, version, manifests string) (report string, ok bool) {
 	return stdout + stderr, ok
 }
 
+// emptied takes away what has a default and may be empty.
+const emptied = "priorityClassName=,tolerations=null,nodeSelector=null,resources.requests=null,seLinuxOptions=null,updateStrategy.rollingUpdate=null"
+
 // Every manifest is what Kubernetes takes, the newest and the oldest.
 func TestManifestsConform(t *testing.T) {
 	t.Parallel()
 	for _, set := range sets {
-		for _, more := range []string{"startupTaint.enabled=false", "startupTaint.enabled=true"} {
+		for _, more := range []string{"startupTaint.enabled=false", "startupTaint.enabled=true", emptied} {
 			rendered := template(t, set, "--set", more)
 			want := fmt.Sprintf("Valid: %d, Invalid: 0, Errors: 0, Skipped: 0", len(objects(t, rendered)))
 			for version := range kubernetes {

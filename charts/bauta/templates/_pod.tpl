@@ -3,7 +3,9 @@
 hostNetwork: true
 # The node's own resolver: that of the cluster may be behind what is masqueraded here.
 dnsPolicy: Default
-priorityClassName: {{ .Values.priorityClassName }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
