@@ -42,9 +42,10 @@ check: ## what needs no privileges: vet, lint, unit tests (under 1 minute)
 	go vet ./...
 	go test -count=1 $$(go list ./... | grep -vE 'internal/(agent|datapath|devices|iptables|lab|demo)|/test/')
 
-lint: ## gofmt, staticcheck, clang-format, shellcheck
+lint: ## gofmt, vet for arm64, staticcheck, clang-format, shellcheck
 	@tools/need lint
 	@test -z "$$(gofmt -l cmd internal packaging test)" || { gofmt -l cmd internal packaging test; echo "run gofmt -w on these"; exit 1; }
+	GOARCH=arm64 go vet ./cmd/... ./internal/... ./packaging/...
 	go tool -modfile=tools/go.mod staticcheck ./...
 	clang-format-19 --dry-run --Werror bpf/*.c bpf/*.h
 	shellcheck tools/need tools/helm/build tools/helm/package .ci/run $(wildcard test/kernels/run test/kernels/fetch)
