@@ -77,7 +77,7 @@ var quotedText = regexp.MustCompile(`"(\\.|[^"\\])*"`)
 // chains as "FAMILY nat CHAIN".
 func foreignRules(p program, out string, sources []netip.Prefix) (found []ForeignRule, chains []string) {
 	f := p.family
-	marked := make(map[string]bool) // chains whose rest is for marked packets only
+	closed := make(map[string]bool) // chains whose rest is for marked packets only, or for none
 	nat := false
 	for line := range strings.Lines(out) {
 		line = strings.TrimSuffix(line, "\n")
@@ -95,9 +95,9 @@ func foreignRules(p program, out string, sources []netip.Prefix) (found []Foreig
 			}
 			target := option(words, "-j")
 			switch {
-			case target == "RETURN" && notMarked(words):
-				marked[chain] = true
-			case target != "MASQUERADE" && target != "SNAT" || marked[chain]:
+			case target == "RETURN" && notMarked(words), unconditional(words, "RETURN", "ACCEPT"):
+				closed[chain] = true
+			case target != "MASQUERADE" && target != "SNAT" || closed[chain]:
 			case slices.Contains(words, "--mark") && !notMarked(words):
 			case sourceOverlaps(f, words, sources):
 				found = append(found, ForeignRule{Family: f.String(), Table: "nat", Chain: chain,
@@ -112,6 +112,16 @@ func foreignRules(p program, out string, sources []netip.Prefix) (found []Foreig
 func notMarked(words []string) bool {
 	at := slices.Index(words, "--mark")
 	return at > 0 && words[at-1] == "!"
+}
+
+// unconditional tells whether every packet that comes to the rule goes to one of targets. An
+// ip-masq-agent that is told to masquerade nothing ends its chain so.
+func unconditional(words []string, targets ...string) bool {
+	rest := words[2:] // without -A CHAIN
+	if len(rest) > 4 && slices.Equal(rest[:3], []string{"-m", "comment", "--comment"}) {
+		rest = rest[4:]
+	}
+	return len(rest) == 2 && rest[0] == "-j" && slices.Contains(targets, rest[1])
 }
 
 // sourceOverlaps tells whether -s leaves any of the sources to the rule. Other matches

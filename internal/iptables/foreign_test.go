@@ -25,6 +25,8 @@ func TestForeign(t *testing.T) {
 :KUBE-POSTROUTING - [0:0]
 :IP-MASQ-AGENT - [0:0]
 :DOCKER - [0:0]
+:NOTHING - [0:0]
+:SOME - [0:0]
 -A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
 -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
 -A POSTROUTING -m comment --comment "ip-masq-agent: -j MASQUERADE" -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT
@@ -32,6 +34,12 @@ func TestForeign(t *testing.T) {
 -A POSTROUTING ! -s 10.0.0.0/8 -j MASQUERADE
 -A POSTROUTING ! -s 10.0.1.128/25 -j MASQUERADE
 -A POSTROUTING -m mark --mark 0x1 -j MASQUERADE
+-A POSTROUTING -j NOTHING
+-A POSTROUTING -j SOME
+-A NOTHING -d 0.0.0.0/0 -m comment --comment "everything is excluded: -j MASQUERADE" -j RETURN
+-A NOTHING -j MASQUERADE
+-A SOME -o eth9 -j RETURN
+-A SOME -j MASQUERADE
 -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
 -A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
 -A KUBE-POSTROUTING -m comment --comment "kubernetes service traffic requiring SNAT" -j MASQUERADE --random-fully
@@ -62,6 +70,7 @@ table ip kube-proxy {
 			`IPv4 nat IP-MASQ-AGENT: -m comment --comment "ip-masq-agent: outbound traffic is subject to MASQUERADE" -j MASQUERADE`,
 			`IPv4 nat POSTROUTING: -s 10.0.1.7/32 -o eth0 -j SNAT --to-source 192.0.2.99`,
 			`IPv4 nat POSTROUTING: ! -s 10.0.1.128/25 -j MASQUERADE`,
+			`IPv4 nat SOME: -j MASQUERADE`,
 			`IPv6 nat POSTROUTING: -s fd00::/8 -j MASQUERADE`,
 			`IPv4 inet gateway post: ip saddr 10.0.1.0/24 oifname "eth0" masquerade`,
 			`IPv4 inet gateway post: snat ip to 192.0.2.5`,

@@ -246,11 +246,14 @@ func namedChain(chain string, all []natRule, sources []netip.Prefix) (*Named, er
 		}
 		byProgram[at] = append(byProgram[at], r)
 	}
-	there, masks := false, false
+	there, masks, above := false, false, ""
 	for _, at := range order {
 		part := byProgram[at]
 		if !slices.ContainsFunc(part, func(r natRule) bool { return r.Chain == hookChain && r.target() == chain }) {
-			continue // nothing comes there
+			if i := slices.IndexFunc(part, func(r natRule) bool { return r.target() == chain }); i >= 0 {
+				above = part[i].Chain
+			}
+			continue // nothing comes there from the hook itself
 		}
 		there = true
 		masks = masks || slices.ContainsFunc(part, func(r natRule) bool { return r.Chain == chain && r.translates() })
@@ -266,6 +269,8 @@ func namedChain(chain string, all []natRule, sources []netip.Prefix) (*Named, er
 		}
 	}
 	switch {
+	case !there && above != "":
+		return nil, fmt.Errorf("chain %s leads to %s, not %s: name the rule that masquerades: %w", above, chain, hookChain, ErrUnfit)
 	case !there:
 		return nil, fmt.Errorf("chain %s: %w", chain, ErrNotFound)
 	case !masks:

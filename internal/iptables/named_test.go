@@ -84,7 +84,7 @@ IPv6, BACKEND, table nat: chain IP-MASQ-AGENT, 1 rules`, nil},
 			{"-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", "", ErrUnfit},
 			{"MARKED", "", ErrUnfit},
 			{"BETWEEN", "", ErrUnfit},
-			{"DEEP", "", ErrNotFound},
+			{"DEEP", "", ErrUnfit},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				n := tables(t, labtest.NewNS(t), o)
