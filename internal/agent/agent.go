@@ -88,7 +88,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 	l.readNetwork, l.readReserved, l.readForeign = devices.Read, reservedPorts, foreign
 	l.facts.noIPv6 = !hasIPv6()
 	if kube != nil {
-		l.kube = kube
+		l.kube, l.event = kube, kube.Event
 	}
 	web, err := l.newHTTP()
 	if err != nil {
@@ -106,6 +106,8 @@ func Run(ctx context.Context, opt Options) (err error) {
 	group.Go(func() error { return devices.Watch(ctx, devicesLog, l.signals.network.put) })
 	if kube != nil {
 		group.Go(func() error { return kube.Watch(ctx, l.signals.kube.put) })
+		group.Go(func() error { return kube.RunEvents(ctx) })
+		group.Go(func() error { return l.taintLifter(ctx, kube.LiftTaint) })
 	}
 	l.watchFiles(ctx, group, filesLog)
 	group.Go(func() error { return serve(ctx, listener, runDir, l.status(web), log) })
@@ -240,7 +242,7 @@ func foreign(ctx context.Context, sources []netip.Prefix) ([]iptables.ForeignRul
 func newLoop(cfg config.Config, opt Options, runDir string, log *slog.Logger) *loop {
 	l := &loop{
 		cfg: cfg, runDir: runDir, log: log, systemd: &systemd{}, timing: defaultTiming,
-		signals: signals{newSlot(), newSlot(), newSlot(), newSlot(), newSlot(), opt.Reload},
+		signals: signals{newSlot(), newSlot(), newSlot(), newSlot(), newSlot(), newSlot(), opt.Reload},
 		options: &optionFiles{running: cfg, sources: opt.ConfigSources},
 		agent:   AgentStatus{State: Running, PID: os.Getpid(), Version: opt.Version, Started: time.Now()},
 	}

@@ -133,7 +133,7 @@ func kubeStatus(cfg config.Config, k cluster) *KubernetesStatus {
 	snap := k.Snapshot()
 	s := &KubernetesStatus{
 		Node: cfg.NodeName, Synced: snap.Synced, Nodes: snap.Known, LastSync: snap.LastSync,
-		Error: snap.Error, Problem: snap.Problem,
+		Error: snap.Error, Problem: snap.Problem, EventsLost: snap.LostEvents,
 	}
 	if snap.Error != "" {
 		s.ErrorSince = snap.Since

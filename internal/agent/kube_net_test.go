@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
 
 	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/internal/nodes/nodestest"
@@ -100,13 +101,29 @@ func (n *kubeNode) awaitNodes(t *testing.T, timeout time.Duration, want ...strin
 func TestAgentOfACluster(t *testing.T) {
 	n := newKubeNode(t)
 	n.api.Put(nodestest.Node("node-b", "10.0.2.0/24,fd00:2::/64", "InternalIP=192.0.2.77"))
+	const taint = "node.bauta.dev/agent-not-ready"
+	n.Flags["k8s-startup-taint"] = taint
+	tainted := func(ranges string) *corev1.Node {
+		own := nodestest.Node(ownName, ranges, "InternalIP="+n.NodeAddr.V4.String())
+		own.Spec.Taints = []corev1.Taint{{Key: taint, Effect: corev1.TaintEffectNoSchedule}, {Key: "other", Effect: corev1.TaintEffectNoExecute}}
+		return own
+	}
 	_, stop := n.start(t)
 	// Its own Node object is not there yet, then it has no ranges: the agent waits.
 	n.await(t, 20*time.Second, func(s Status) bool { return s.Agent.Waiting != "" && s.Kubernetes.Synced })
-	n.api.Put(nodestest.Node(ownName, "", "InternalIP="+n.NodeAddr.V4.String()))
+	n.api.Put(tainted(""))
 	n.await(t, 2*time.Second, func(s Status) bool { return s.Kubernetes.Nodes == 2 && !s.Agent.Ready && len(s.Degraded()) > 0 })
-	n.api.Put(nodestest.Node(ownName, "10.0.1.0/24,fd00:1::/64", "InternalIP="+n.NodeAddr.V4.String()))
+	if len(n.api.Get(ownName).Spec.Taints) != 2 {
+		t.Error("the taint was lifted before a policy was in force")
+	}
+	n.api.Put(tainted("10.0.1.0/24,fd00:1::/64"))
 	s := n.await(t, 5*time.Second, healthyStatus)
+	labtest.Eventually(t, 2*time.Second, func() error {
+		if taints := n.api.Get(ownName).Spec.Taints; len(taints) != 1 || taints[0].Key != "other" {
+			return fmt.Errorf("taints %v", taints)
+		}
+		return nil
+	})
 	if got := rules(append(s.Sources.IPv4.Ranges, s.Sources.IPv6.Ranges...)); got != "10.0.1.0/24 (node node-a), fd00:1::/64 (node node-a)" {
 		t.Errorf("sources %s", got)
 	}
@@ -118,6 +135,17 @@ func TestAgentOfACluster(t *testing.T) {
 	n.awaitNodes(t, time.Second, "192.0.2.78", "192.0.2.79", "2001:db8::78")
 	n.api.Delete("node-c")
 	n.awaitNodes(t, time.Second, "192.0.2.79")
+	ip := labtest.Tool(t, "ip")
+	if out, err := n.Node.Run(t.Context(), ip, "addr", "del", n.NodeAddr.V4.String()+"/24", "dev", "eth0"); err != nil {
+		t.Fatal(err, out)
+	}
+	labtest.Eventually(t, 5*time.Second, func() error {
+		want := "Warning MasqueradeAddressChanged node-a x1: device eth0: IPv4 masquerade address none, was " + n.NodeAddr.V4.String()
+		if got := n.api.Events(); !slices.Contains(got, want) {
+			return fmt.Errorf("events %q", got)
+		}
+		return nil
+	})
 	stop(unix.SIGTERM)
 }
 

@@ -15,6 +15,7 @@ import (
 	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/iptables"
 	"bauta.dev/bauta/internal/metrics"
+	"bauta.dev/bauta/internal/nodes"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -33,6 +34,7 @@ func (s slot) put() {
 // signals are what the watchers tell the loop.
 type signals struct {
 	network, ipMasq, nodes, options, kube slot
+	taint                                 slot // from the loop: the start-up taint is to be lifted
 	reload                                <-chan struct{}
 }
 
@@ -100,11 +102,13 @@ type loop struct {
 	nextWalk   time.Time   // not before, by the clock alone
 	walked     chan walked // its result
 	foreign    foreignRules
-	kubeSynced bool      // it was known once
-	kubeNews   bool      // the cluster has changed
-	nextKube   time.Time // not before, for a change of the cluster
-	portsError string    // why the pool is not what it should be
-	warned     []string  // that the log has
+	event      func(nodes.Event) // nil: without Kubernetes
+	told       moment            // what Events were made of
+	kubeSynced bool              // it was known once
+	kubeNews   bool              // the cluster has changed
+	nextKube   time.Time         // not before, for a change of the cluster
+	portsError string            // why the pool is not what it should be
+	warned     []string          // that the log has
 
 	reloads metrics.Reloads
 
@@ -186,6 +190,7 @@ func (l *loop) next(ctx context.Context, c *clocks) {
 		c.soon()
 	case <-c.resync.C:
 		l.stale, l.force, l.foreign.due = allStale, true, true
+		l.countNoPort()
 		c.soon()
 	case <-c.health.C:
 		// A detached link makes no news, unlike a removed qdisc, and neither do

@@ -36,6 +36,10 @@ func (l *loop) publish() {
 		l.systemd.ready() // not before readers can see it
 	}
 	l.logWarnings(v.warnings)
+	if l.attempted {
+		l.tell(momentOf(v, l.foreign.warnings))
+		l.liftTaint()
+	}
 	if text := v.summary(); before == nil || before.summary() != text {
 		l.systemd.status(text)
 	}

@@ -181,7 +181,8 @@ type KubernetesStatus struct {
 	LastSync   time.Time `json:"lastSync,omitzero"` // when the API server last confirmed what is known
 	Error      string    `json:"error,omitempty"`   // why it can't be asked now
 	ErrorSince time.Time `json:"errorSince,omitzero"`
-	Problem    string    `json:"problem,omitempty"` // what is wrong with the Node object of this node
+	EventsLost uint64    `json:"eventsLost,omitempty"` // Events about this node that could not be sent
+	Problem    string    `json:"problem,omitempty"`    // what is wrong with the Node object of this node
 }
 
 // Flows is how full the flow tables are.

@@ -82,6 +82,7 @@ func (c *Config) warn() {
 		"ip-masq-agent-config-path": {c.IPMasqAgent, "enable-ip-masq-agent"},
 		"ip-masq-agent-profile":     {c.IPMasqAgent, "enable-ip-masq-agent"},
 		"k8s-kubeconfig-path":       {c.K8s, "enable-k8s"},
+		"k8s-startup-taint":         {c.K8s, "enable-k8s"},
 	}
 	for _, o := range options {
 		i := slices.IndexFunc(c.effective, func(e Effective) bool { return e.Option == o.Name })

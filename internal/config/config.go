@@ -52,6 +52,7 @@ type Config struct {
 	K8s           bool
 	Kubeconfig    string // empty: in-cluster
 	NodeName      string
+	StartupTaint  string // key; empty: none
 	MetricsAddr   string // HOST:PORT; empty: off
 	MetricsPerPod int    // addresses that have series of their own
 	LogLevel      slog.Level

@@ -57,6 +57,7 @@ var samples = map[string]string{
 	"enable-k8s":                        "true",
 	"k8s-kubeconfig-path":               "/root/.kube/config",
 	"k8s-node-name":                     "node-1",
+	"k8s-startup-taint":                 "node.bauta.dev/agent-not-ready",
 	"prometheus-serve-addr":             "127.0.0.1:9965",
 	"metrics-per-pod":                   "20",
 	"log-level":                         "debug",

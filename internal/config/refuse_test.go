@@ -35,6 +35,8 @@ var refused = []struct{ name, options, want string }{
 		`snat-port-range "40000-40001" (SOURCE snat-port-range): no port from 1024 on is left without reserved-ports "40000,40001"`},
 	{"devices differ", "devices=eth0 egress-masquerade-interfaces=eth1 masquerade-forwarded=true",
 		`devices "eth0" (SOURCE devices) and egress-masquerade-interfaces "eth1"`},
+	{"taint with a value", "k8s-startup-taint=a/b=c enable-k8s=true", `k8s-startup-taint "a/b=c" (SOURCE k8s-startup-taint): not the key of a taint` + "\nwrite the key alone"},
+	{"taint with an effect", "k8s-startup-taint=a:NoSchedule enable-k8s=true", "not the key of a taint"},
 	{"device name", "devices=eth0/1 masquerade-forwarded=true", `devices "eth0/1" (SOURCE devices): not a device name`},
 	{"long device name", "devices=abcdefghijklmnop masquerade-forwarded=true", "not a device name"},
 	{"empty exclude", "devices=! masquerade-forwarded=true", "not a device name"},

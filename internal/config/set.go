@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/bits"
 	"net"
+	"regexp"
 	"strconv"
 	"time"
 
@@ -222,6 +223,16 @@ func setTakeOver(c *Config, s setting) error {
 			c.TakeOver = Unnamed
 			c.Warnings = append(c.Warnings, fmt.Sprintf("%s %s (%s): names nothing, the agent will not start: name a chain or a rule", s.name, s.text(), s.source))
 		}
+	}
+	return nil
+}
+
+// taintKey is what the API server takes: a name, perhaps behind the prefix of a domain.
+var taintKey = regexp.MustCompile(`^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$`)
+
+func setTaint(c *Config, s setting) error {
+	if c.StartupTaint = s.text(); !taintKey.MatchString(c.StartupTaint) {
+		return s.refuse("not the key of a taint", "write the key alone, without value and effect, for example node.bauta.dev/agent-not-ready")
 	}
 	return nil
 }

@@ -141,6 +141,9 @@ var options = []Option{
 	{Name: "k8s-node-name", Kind: String, Group: groupK8s,
 		Usage: "name of the local Node object; unset: $K8S_NODE_NAME",
 		set:   setString(func(c *Config) *string { return &c.NodeName })},
+	{Name: "k8s-startup-taint", Kind: String, Group: groupK8s,
+		Usage: "key of a taint that the agent removes from its Node object when the node masquerades; unset: none",
+		set:   one(setTaint)},
 
 	{Name: "prometheus-serve-addr", Kind: String, Default: "off", Group: groupObserve, Foreign: true,
 		Usage: "address for /metrics, /healthz and /readyz, for example :9965; off for none",

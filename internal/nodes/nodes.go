@@ -37,17 +37,18 @@ type Options struct {
 
 // Snapshot is what is known at one time. It is never changed afterwards.
 type Snapshot struct {
-	Synced   bool           // a complete list was read once
-	LastSync time.Time      // when the API server last confirmed all this
-	Own      []netip.Prefix // pod ranges of this node; those of before while its Node object has none
-	Pods     []policy.Rule  // pod ranges of all other nodes
-	Nodes    []policy.NodeAddr
-	Known    int       // Node objects
-	Taints   []string  // keys of the taints of this node
-	Problem  string    // what is wrong with the Node object of this node
-	Rejected []string  // what other Node objects say that can't be meant
-	Error    string    // why the API server can't be asked now
-	Since    time.Time // since when
+	Synced     bool           // a complete list was read once
+	LastSync   time.Time      // when the API server last confirmed all this
+	Own        []netip.Prefix // pod ranges of this node; those of before while its Node object has none
+	Pods       []policy.Rule  // pod ranges of all other nodes
+	Nodes      []policy.NodeAddr
+	Known      int       // Node objects
+	Taints     []string  // keys of the taints of this node
+	Problem    string    // what is wrong with the Node object of this node
+	Rejected   []string  // what other Node objects say that can't be meant
+	LostEvents uint64    // Events that could not be sent
+	Error      string    // why the API server can't be asked now
+	Since      time.Time // since when
 }
 
 // Client knows the Node objects of a cluster.
@@ -137,7 +138,11 @@ func connect(cfg *rest.Config, userAgent string) (rest.Interface, error) {
 }
 
 // Snapshot returns what is known now.
-func (c *Client) Snapshot() Snapshot { return c.state.snapshot() }
+func (c *Client) Snapshot() Snapshot {
+	s := c.state.snapshot()
+	s.LostEvents = c.LostEvents()
+	return s
+}
 
 // Watch follows the Node objects until ctx is done, then returns nil. changed says only that
 // Snapshot gives another one; it must not block.
