@@ -36,7 +36,8 @@ type effective struct {
 	Warnings         []string                `json:"warnings"`
 	Ignored          []string                `json:"ignored"`
 
-	ipMasqPath string
+	ipMasqPath   string
+	nativeOfNode string // what the Node object adds to Native
 }
 
 func effectivePolicy(cfg config.Config) (*effective, error) {
@@ -70,7 +71,20 @@ func effectivePolicy(cfg config.Config) (*effective, error) {
 		e.Warnings = append(e.Warnings, list.Warnings...)
 		e.Ignored = append(e.Ignored, list.Ignored...)
 	}
+	if cfg.K8s {
+		e.describeCluster(cfg)
+	}
 	return e, e.readNodes(cfg.NodesFile)
+}
+
+// describeCluster says what will come from Node objects, and what the agent would refuse.
+func (e *effective) describeCluster(cfg config.Config) {
+	if !cfg.IPMasqAgent && (len(cfg.Native4) == 0 && cfg.IPv4 || len(cfg.Native6) == 0 && cfg.IPv6) {
+		e.nativeOfNode = "the pod ranges of the local Node object\n"
+	}
+	if cfg.NodeName == "" {
+		e.Warnings = append(e.Warnings, "enable-k8s: no node name here: the agent needs k8s-node-name or $K8S_NODE_NAME")
+	}
 }
 
 func (e *effective) readNodes(path string) error {

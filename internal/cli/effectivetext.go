@@ -68,7 +68,7 @@ func (e *effective) text() string {
 		{"Mode", fmt.Sprintf("%s [IPv4: %s, IPv6: %s]", e.Mode, onOff(e.IPv4), onOff(e.IPv6))},
 		{"Devices", e.Devices},
 		{"Sources", lines(nonEmpty(sources), "none")},
-		{"Native", lines(nonEmpty(rulesText(e.Native)), "-")},
+		{"Native", lines(nonEmpty(rulesText(e.Native)+e.nativeOfNode), "-")},
 		{"ip-masq-agent", e.ipMasqText()},
 		{"Nodes", e.nodesText()},
 		{"Ports", fmt.Sprintf("%s   %s", joinRanges(e.Ports), plural(e.PortCount, "port"))},
