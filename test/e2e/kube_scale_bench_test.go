@@ -2,8 +2,6 @@ package e2e_test
 
 import (
 	"fmt"
-	"net"
-	"net/http"
 	"os"
 	"strconv"
 	"strings"
@@ -16,28 +14,6 @@ import (
 	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/internal/nodes/nodestest"
 )
-
-// serveAPI is an API server on the node of a lab, and returns a kubeconfig for it.
-func serveAPI(n *node, api *nodestest.Server) (kubeconfig string, stop func()) {
-	n.t.Helper()
-	var l net.Listener
-	must(n.t, n.Node.Do(func() (err error) {
-		l, err = net.Listen("tcp", "127.0.0.1:0")
-		return err
-	}))
-	server := &http.Server{Handler: api}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		server.Serve(l)
-	}()
-	stop = func() {
-		server.Close()
-		<-done
-	}
-	n.t.Cleanup(stop)
-	return n.write("kubeconfig", nodestest.Kubeconfig("http://"+l.Addr().String(), "secret")), stop
-}
 
 // clusterNodes is the largest cluster that Kubernetes is said to bear, three times.
 const clusterNodes = 15_000
@@ -57,7 +33,7 @@ func BenchmarkClusterOfNodes(b *testing.B) {
 		}
 		list[0] = nodestest.Node("node-00000", lab.PodRange4.String()+","+lab.PodRange6.String(), "InternalIP="+n.NodeAddr.V4.String())
 		api.Put(list...)
-		kubeconfig, _ := serveAPI(n, api)
+		kubeconfig := serveAPI(n, api).kubeconfig
 		start := time.Now()
 		n.launch("--enable-k8s", "--k8s-kubeconfig-path="+kubeconfig, "--k8s-node-name=node-00000")
 		m := &meter{b: b, n: n, api: api}
