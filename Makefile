@@ -48,7 +48,7 @@ lint: ## gofmt, vet for arm64, staticcheck, clang-format, shellcheck
 	GOARCH=arm64 go vet ./cmd/... ./internal/... ./packaging/...
 	go tool -modfile=tools/go.mod staticcheck ./...
 	clang-format-19 --dry-run --Werror bpf/*.c bpf/*.h
-	shellcheck tools/need tools/helm/build tools/helm/package .ci/run $(wildcard test/kernels/run test/kernels/fetch)
+	shellcheck tools/need tools/helm/build tools/helm/package .ci/run test/cluster/kube/build $(wildcard test/kernels/run test/kernels/fetch)
 
 generate: ## the BPF objects, with the pinned clang
 	@tools/need generate
