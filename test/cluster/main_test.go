@@ -1,0 +1,81 @@
+// Package cluster_test installs Bauta on a real Kubernetes, as its users do, and
+// looks at what pods, nodes and the outside see.
+package cluster_test
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"testing"
+	"time"
+
+	"bauta.dev/bauta/test/cluster"
+)
+
+// The cluster that the tests share, and what it was made of.
+var (
+	shared   *cluster.Cluster
+	programs cluster.Programs
+)
+
+var (
+	cni   = flag.String("cni", "ptp", "how pods are connected: ptp or bridge")
+	proxy = flag.String("proxy", "iptables", "mode of kube-proxy: iptables or nftables")
+)
+
+func TestMain(m *testing.M) {
+	cluster.Become()
+	flag.Parse()
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// run runs the tests in a cluster that is gone afterwards, also after an interrupt.
+func run(m *testing.M) (code int, err error) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") != "" {
+			return 1, errors.New("not root: a cluster needs it (not skipped, since CI is set)")
+		}
+		fmt.Fprintln(os.Stderr, "skipped: a cluster needs root")
+		return 0, nil
+	}
+	ctx, done := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer done()
+	dir, err := os.MkdirTemp("", "bauta-cluster-programs-")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(dir)
+	begin := time.Now()
+	if programs, err = cluster.Build(ctx, dir); err != nil {
+		return 1, err
+	}
+	built := time.Now()
+	shared, err = cluster.Start(ctx, cluster.Options{
+		Kube: programs.Kube, Images: programs.Images, CNI: cluster.CNI(*cni), Proxy: cluster.Proxy(*proxy),
+	})
+	if err != nil {
+		return 1, err
+	}
+	fmt.Printf("programs built in %.1f s, nodes ready %.1f s later\n", built.Sub(begin).Seconds(), time.Since(built).Seconds())
+
+	ended := make(chan int, 1)
+	go func() { ended <- m.Run() }()
+	select {
+	case code = <-ended:
+	case <-ctx.Done():
+		code, err = 1, errors.New("interrupted")
+	}
+	if code != 0 {
+		fmt.Fprintln(os.Stderr, shared.Logs())
+	}
+	return code, errors.Join(err, shared.Close(code != 0))
+}
