@@ -23,6 +23,7 @@ const (
 // Options choose a cluster; the zero value has two nodes, ptp and iptables.
 type Options struct {
 	Kube  string // the binary that kube/build makes
+	Helm  string
 	Nodes int
 	CNI   CNI
 	Proxy Proxy
@@ -156,7 +157,7 @@ func (c *Cluster) gatherImages() error {
 }
 
 // troubles are what errors of Kubernetes' components begin with.
-var troubles = []string{"E1", "F1", "panic", "level=error", "level=fatal", "ended"}
+var troubles = []string{"E1", "F1", "panic", "level=error", "level=fatal", " ended: "}
 
 // Logs returns the ends of the components' logs, as far as they tell of troubles.
 func (c *Cluster) Logs() string {

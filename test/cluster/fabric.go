@@ -109,6 +109,18 @@ func (f *Fabric) Leaks() (int, error) {
 	return n, nil
 }
 
+// Leaked describes the leaks that the capture still remembers.
+func (f *Fabric) Leaked() []string {
+	var list []string
+	for _, p := range f.Wire.Packets() {
+		if leak(p) {
+			frame, _ := lab.ParseFrame(p.Data)
+			list = append(list, frame.String())
+		}
+	}
+	return list
+}
+
 // serve starts the outside's servers on an address.
 func (f *Fabric) serve(a netip.Addr) error {
 	tcp, err := lab.ListenTCP(f.NS, netip.AddrPortFrom(a, EchoPort))

@@ -58,14 +58,30 @@ func run(m *testing.M) (code int, err error) {
 	if programs, err = cluster.Build(ctx, dir); err != nil {
 		return 1, err
 	}
+	for _, v := range []string{version, newer} {
+		archive, err := cluster.BautaImage(ctx, dir, v)
+		if err != nil {
+			return 1, err
+		}
+		programs.Images = append(programs.Images, archive)
+	}
 	built := time.Now()
 	shared, err = cluster.Start(ctx, cluster.Options{
-		Kube: programs.Kube, Images: programs.Images, CNI: cluster.CNI(*cni), Proxy: cluster.Proxy(*proxy),
+		Kube: programs.Kube, Helm: programs.Helm, Images: programs.Images, CNI: cluster.CNI(*cni), Proxy: cluster.Proxy(*proxy),
 	})
 	if err != nil {
 		return 1, err
 	}
-	fmt.Printf("programs built in %.1f s, nodes ready %.1f s later\n", built.Sub(begin).Seconds(), time.Since(built).Seconds())
+	ready := time.Now()
+	err = startPods(ctx)
+	if err == nil {
+		err = tryInstall(ctx, version)
+	}
+	if err != nil {
+		return 1, errors.Join(err, errors.New(shared.Logs()), shared.Close(true))
+	}
+	fmt.Printf("programs built in %.1f s, nodes ready %.1f s later, pods and Bauta %.1f s later\n",
+		built.Sub(begin).Seconds(), ready.Sub(built).Seconds(), time.Since(ready).Seconds())
 
 	ended := make(chan int, 1)
 	go func() { ended <- m.Run() }()

@@ -93,7 +93,7 @@ func tail(path string, n int, words ...string) string {
 	var lines []string
 	for line := range strings.Lines(string(b)) {
 		if len(words) == 0 || containsAny(line, words) {
-			lines = append(lines, line)
+			lines = append(lines, shorten(line))
 		}
 	}
 	return strings.Join(lines[max(0, len(lines)-n):], "")
@@ -106,4 +106,13 @@ func containsAny(line string, words []string) bool {
 		}
 	}
 	return false
+}
+
+// shorten leaves out the ends of lines that print whole objects.
+func shorten(line string) string {
+	const most = 300
+	if len(line) <= most {
+		return line
+	}
+	return line[:most] + "...\n"
 }

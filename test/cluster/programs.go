@@ -11,7 +11,8 @@ import (
 
 // Programs are what a cluster needs that is not of the distribution.
 type Programs struct {
-	Kube   string   // Kubernetes
+	Kube   string // Kubernetes
+	Helm   string
 	Images []string // archives of PauseImage and WorkloadImage
 }
 
@@ -24,6 +25,11 @@ func Build(ctx context.Context, dir string) (p Programs, err error) {
 	if p.Kube, err = output(ctx, module, "test/cluster/kube/build"); err != nil {
 		return p, err
 	}
+	tools, err := output(ctx, module, "tools/helm/build")
+	if err != nil {
+		return p, err
+	}
+	p.Helm = filepath.Join(tools, "helm")
 	workload := filepath.Join(dir, "workload")
 	if _, err := output(ctx, module, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", workload, "./test/cluster/workload"); err != nil {
 		return p, err

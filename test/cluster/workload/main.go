@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"bauta.dev/bauta/test/cluster/talk"
@@ -61,12 +63,15 @@ func serve(args []string) error {
 	if err != nil {
 		return err
 	}
-	udp, err := net.ListenPacket("udp", fmt.Sprintf(":%d", *port))
-	if err != nil {
-		return err
-	}
 	go talk.ServeTCP(tcp, name)
-	go talk.ServeUDP(udp, name)
+	// A datagram must be answered from the address that it was sent to.
+	for _, ip := range strings.Split(os.Getenv("POD_IPS"), ",") {
+		udp, err := net.ListenPacket("udp", net.JoinHostPort(ip, strconv.Itoa(*port)))
+		if err != nil {
+			return err
+		}
+		go talk.ServeUDP(udp, name)
+	}
 	go func() { log.Fatal(http.ListenAndServe(fmt.Sprintf(":%d", *port+1), talk.Handler(name))) }()
 
 	// A pod need not wait for the grace period: nothing here is worth it.

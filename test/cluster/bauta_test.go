@@ -1,0 +1,177 @@
+package cluster_test
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"bauta.dev/bauta/internal/lab"
+	"bauta.dev/bauta/internal/lab/labtest"
+	"bauta.dev/bauta/test/cluster"
+)
+
+var chart = flag.String("chart", "../../charts/bauta", "the chart that is installed")
+
+// The versions of the image that every node has: the one that is installed, and
+// the same program under another name to upgrade to.
+const (
+	version = "cluster-1"
+	newer   = "cluster-2"
+)
+
+// namespace is where the release lives.
+const namespace = "kube-system"
+
+// install installs Bauta, or changes the values of what is installed, and waits
+// until every agent is ready. Values are "NAME=VALUE", those of JSON "NAME:=VALUE".
+func install(t testing.TB, values ...string) {
+	t.Helper()
+	if err := tryInstall(t.Context(), version, values...); err != nil {
+		t.Fatalf("%v\n%s", err, agentLogs(t))
+	}
+}
+
+func tryInstall(ctx context.Context, tag string, values ...string) error {
+	args := []string{
+		"upgrade", "--install", "bauta", *chart, "--namespace", namespace, "--wait", "--timeout", "90s",
+		"--set", "image.repository=bauta.test/bauta", "--set", "image.pullPolicy=Never", "--set", "image.tag=" + tag,
+		// Both nodes at once would hide what happens to the traffic of the others.
+		"--set", "updateStrategy.rollingUpdate.maxUnavailable=1",
+	}
+	for _, v := range values {
+		if name, value, ok := strings.Cut(v, ":="); ok {
+			args = append(args, "--set-json", name+"="+value)
+		} else {
+			args = append(args, "--set", v)
+		}
+	}
+	_, err := shared.Helm(ctx, args...)
+	return err
+}
+
+// uninstall removes the release and waits until its pods are gone.
+func uninstall(t testing.TB) {
+	t.Helper()
+	if _, err := shared.Helm(t.Context(), "uninstall", "bauta", "--namespace", namespace, "--wait", "--timeout", "60s"); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, time.Minute, func() error {
+		if list := agents(t); len(list) > 0 {
+			return fmt.Errorf("agents that are left: %v", list)
+		}
+		return nil
+	})
+}
+
+// agents returns the name of the agent's pod on each node.
+func agents(t testing.TB) map[string]string {
+	t.Helper()
+	var list struct {
+		Items []struct {
+			Metadata struct {
+				Name              string
+				DeletionTimestamp *string
+			}
+			Spec struct{ NodeName string }
+		}
+	}
+	path := "/api/v1/namespaces/" + namespace + "/pods?labelSelector=app.kubernetes.io/name%3Dbauta"
+	if err := shared.API.Get(t.Context(), path, &list); err != nil {
+		t.Fatal(err)
+	}
+	on := make(map[string]string)
+	for _, p := range list.Items {
+		on[p.Spec.NodeName] = p.Metadata.Name
+	}
+	return on
+}
+
+func agentLogs(t testing.TB) string {
+	var b strings.Builder
+	for node, pod := range agents(t) {
+		out, err := shared.Kubectl(context.Background(), "", "logs", "-n", namespace, pod, "--tail=20")
+		if err != nil {
+			out = err.Error() + "\n"
+		}
+		fmt.Fprintf(&b, "--- agent on %s\n%s", node, out)
+	}
+	return b.String()
+}
+
+// bauta runs a command of Bauta in the agent's pod on a node.
+func bauta(t testing.TB, n *cluster.Node, args ...string) (string, error) {
+	t.Helper()
+	pod, ok := agents(t)[n.Name]
+	if !ok {
+		return "", fmt.Errorf("no agent on %s", n.Name)
+	}
+	return shared.Kubectl(t.Context(), "", append([]string{"exec", "-n", namespace, pod, "--", "/bauta"}, args...)...)
+}
+
+// status is what tests ask of `bauta status -o json`.
+type status struct {
+	Agent struct {
+		State, Version string
+		PID            int
+	}
+	Sources  []string
+	Warnings []string
+}
+
+func statusOf(t testing.TB, n *cluster.Node) (s status, err error) {
+	t.Helper()
+	// Exit code 3 is that of a degraded state, which a test may be about.
+	out, err := bauta(t, n, "status", "-o", "json")
+	if unmarshal := json.Unmarshal([]byte(out), &s); unmarshal != nil {
+		return s, fmt.Errorf("status of %s: %w, %v", n.Name, unmarshal, err)
+	}
+	return s, nil
+}
+
+// noLeak fails the test if by its end another packet of a pod has reached the outside.
+func noLeak(t *testing.T) {
+	t.Helper()
+	before, err := shared.Fabric.Leaks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		after, err := shared.Fabric.Leaks()
+		if err != nil {
+			t.Error(err)
+		}
+		if after > before {
+			t.Errorf("%d packets of pods reached the outside:\n%s", after-before, strings.Join(shared.Fabric.Leaked(), "\n"))
+		}
+	})
+}
+
+// node returns the node that has a number, counted from 0.
+func node(i int) *cluster.Node { return shared.Nodes()[i] }
+
+// both runs a test for each family.
+func both(t *testing.T, f func(t *testing.T, of func(lab.Pair) netip.Addr)) {
+	t.Run("IPv4", func(t *testing.T) { f(t, func(p lab.Pair) netip.Addr { return p.V4 }) })
+	t.Run("IPv6", func(t *testing.T) { f(t, func(p lab.Pair) netip.Addr { return p.V6 }) })
+}
+
+// lines returns the lines of a text that are not empty.
+func lines(text string) []string {
+	return slices.DeleteFunc(strings.Split(text, "\n"), func(s string) bool { return strings.TrimSpace(s) == "" })
+}
+
+// missing returns an error that names what is not in the set.
+func missing(have map[string]bool, want ...string) error {
+	for _, w := range want {
+		if !have[w] {
+			return fmt.Errorf("%s has not answered yet", w)
+		}
+	}
+	return nil
+}
