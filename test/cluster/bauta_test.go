@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"bauta.dev/bauta/internal/agent"
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
@@ -114,22 +115,13 @@ func bauta(t testing.TB, n *cluster.Node, args ...string) (string, error) {
 	return shared.Kubectl(t.Context(), "", append([]string{"exec", "-n", namespace, pod, "--", "/bauta"}, args...)...)
 }
 
-// status is what tests ask of `bauta status -o json`.
-type status struct {
-	Agent struct {
-		State, Version string
-		PID            int
-	}
-	Sources  []string
-	Warnings []string
-}
-
-func statusOf(t testing.TB, n *cluster.Node) (s status, err error) {
+// statusOf is what `bauta status` says on a node.
+func statusOf(t testing.TB, n *cluster.Node) (s agent.Status, err error) {
 	t.Helper()
 	// Exit code 3 is that of a degraded state, which a test may be about.
-	out, err := bauta(t, n, "status", "-o", "json")
-	if unmarshal := json.Unmarshal([]byte(out), &s); unmarshal != nil {
-		return s, fmt.Errorf("status of %s: %w, %v", n.Name, unmarshal, err)
+	out, failed := bauta(t, n, "status", "-o", "json")
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		return s, fmt.Errorf("status of %s: %w, %v", n.Name, err, failed)
 	}
 	return s, nil
 }
@@ -174,4 +166,62 @@ func missing(have map[string]bool, want ...string) error {
 		}
 	}
 	return nil
+}
+
+// agentPod is what the API server says of an agent's pod.
+type agentPod struct {
+	ready    bool
+	restarts int
+}
+
+// podsReady waits until each agent's pod is ready, or is not.
+func podsReady(t testing.TB, want bool) {
+	t.Helper()
+	labtest.Eventually(t, propagation, func() error {
+		on := agents(t)
+		for _, n := range shared.Nodes() {
+			p, err := agentPodOf(t, on[n.Name])
+			if err != nil {
+				return err
+			}
+			if p.ready != want {
+				return fmt.Errorf("agent on %s: ready %t, want %t", n.Name, p.ready, want)
+			}
+		}
+		return nil
+	})
+}
+
+func agentPodOf(t testing.TB, name string) (p agentPod, err error) {
+	var object struct {
+		Status struct {
+			ContainerStatuses []struct {
+				Ready        bool
+				RestartCount int
+			}
+		}
+	}
+	err = shared.API.Get(t.Context(), "/api/v1/namespaces/"+namespace+"/pods/"+name, &object)
+	if err == nil && len(object.Status.ContainerStatuses) != 1 {
+		err = fmt.Errorf("pod %s: %d containers", name, len(object.Status.ContainerStatuses))
+	}
+	if err != nil {
+		return p, err
+	}
+	c := object.Status.ContainerStatuses[0]
+	return agentPod{c.Ready, c.RestartCount}, nil
+}
+
+// sameAgents fails the test unless the agents are the same pods, never restarted.
+func sameAgents(t testing.TB, before map[string]string) {
+	t.Helper()
+	for n, name := range agents(t) {
+		p, err := agentPodOf(t, name)
+		if err != nil {
+			t.Error(err)
+		}
+		if name != before[n] || p.restarts > 0 {
+			t.Errorf("agent on %s: pod %s with %d restarts, it was %s", n, name, p.restarts, before[n])
+		}
+	}
 }

@@ -106,6 +106,9 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	if err := n.Boot(); err != nil {
 		return nil, err
 	}
+	if err := c.Fabric.learn(n); err != nil {
+		return nil, errors.Join(err, n.PowerOff())
+	}
 	for _, other := range c.Nodes() {
 		if other.Running() {
 			if err := other.routeTo(n); err != nil {

@@ -178,6 +178,16 @@ func (f *Fabric) attach(ns *lab.NS, addr lab.Pair) error {
 		ns.AddRoute(lab.Route{Dst: lab.DefaultRoute6, Via: Gateway.V6}))
 }
 
+// learn gives the addresses that know pods the way to those of a node.
+func (f *Fabric) learn(n *Node) error {
+	for _, p := range n.Pods {
+		if err := f.NS.AddRoute(lab.Route{Dst: p, Via: n.Addr.Of(p.Addr()), Table: knowsPods}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Cut takes the link of a node or, with the address of the control plane, the API
 // server off the network, or puts it back.
 func (f *Fabric) Cut(addr lab.Pair, off bool) error {

@@ -48,19 +48,20 @@ evictionHard: {}
 imageGCHighThresholdPercent: 100
 localStorageCapacityIsolation: false
 # The kubelet's own default is 1m: how long a changed ConfigMap may take.
-syncFrequency: 10s
+syncFrequency: 2s
 nodeStatusUpdateFrequency: 3s
 `
 
 // writeConfig writes the files of a node's components.
 func (s *nodeSpec) writeConfig() error {
-	for _, dir := range []string{"/var/lib", "/var/log", "/tmp"} {
-		if err := os.MkdirAll(s.state(dir), 0o755); err != nil {
+	made := []string{s.temp(), s.cniDir()}
+	for _, dir := range stateDirs {
+		made = append(made, s.state(dir))
+	}
+	for _, dir := range made {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-	}
-	if err := os.MkdirAll(s.cniDir(), 0o755); err != nil {
-		return err
 	}
 	spec, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {

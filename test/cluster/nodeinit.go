@@ -72,6 +72,7 @@ func (s *nodeSpec) enter() error {
 func (s *nodeSpec) run() error {
 	os.Unsetenv(specEnv)
 	os.Unsetenv(stageEnv)
+	os.Setenv("TMPDIR", s.temp())
 	if err := unix.Sethostname([]byte(s.Name)); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}

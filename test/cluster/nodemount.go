@@ -16,6 +16,9 @@ var kernelWishes = map[string]string{
 	"kernel/panic_on_oops": "1",
 }
 
+// stateDirs are directories that a node has of its own. They are empty at its first start.
+var stateDirs = []string{"/var/lib", "/var/log"}
+
 // mountNode makes the file systems of a node out of those of the machine, in the
 // mount namespace of the calling process.
 func (s *nodeSpec) mountNode() error {
@@ -41,10 +44,7 @@ func (s *nodeSpec) mountNode() error {
 
 	// The state of a node outlives a reboot; nothing else can be written.
 	mount(s.Dir, s.Dir, "", unix.MS_BIND, "")
-	for _, dir := range []string{"/var/lib", "/var/log", "/tmp"} {
-		if within(s.Dir, dir) {
-			continue // it would hide the node's own directory
-		}
+	for _, dir := range stateDirs {
 		mount(s.state(dir), dir, "", unix.MS_BIND, "")
 	}
 	mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
@@ -68,7 +68,5 @@ func (s *nodeSpec) mountNode() error {
 // state is where the node keeps what it has in a directory.
 func (s *nodeSpec) state(dir string) string { return filepath.Join(s.Dir, "root", dir) }
 
-func within(path, dir string) bool {
-	rel, err := filepath.Rel(dir, path)
-	return err == nil && filepath.IsLocal(rel)
-}
+// temp is for temporary files: /tmp may be where the directories of all nodes are.
+func (s *nodeSpec) temp() string { return s.state("/tmp") }
