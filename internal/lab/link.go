@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -153,6 +154,11 @@ func (ns *NS) AddBridge(name string, ports ...string) error {
 	// Snooping would hold back neighbor discovery until a querier is known.
 	snoop := false
 	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}, MulticastSnooping: &snoop}
+	// One without an address of its own has the lowest of its ports, and another one
+	// when ports come and go: neighbors would not find it for a while.
+	br.HardwareAddr = make(net.HardwareAddr, 6)
+	rand.Read(br.HardwareAddr)
+	br.HardwareAddr[0] = br.HardwareAddr[0]&^1 | 2 // unicast, locally administered
 	if err := ns.Do(func() error { return netlink.LinkAdd(br) }); err != nil {
 		return fmt.Errorf("create bridge %s in %s: %w", name, ns, err)
 	}
