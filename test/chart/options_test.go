@@ -207,7 +207,7 @@ func TestOptionsArrive(t *testing.T) {
 			"max-ports-per-pod": "4096", "max-new-flows-per-pod": "20000", "leak-sentinel": "true", "node-addresses": "192.0.2.10",
 			"nat-timeout-tcp-syn": "1m", "nat-timeout-tcp-established": "3h", "nat-timeout-tcp-closing": "1m", "nat-timeout-udp": "1m",
 			"nat-timeout-udp-stream": "4m", "nat-timeout-icmp": "30s", "nat-timeout-other": "5m", "metrics-per-pod": "100",
-			"prometheus-serve-addr": ":9978", "log-level": "debug", "log-format": "json"}},
+			"k8s-startup-taint": "node.bauta.dev/agent-not-ready", "prometheus-serve-addr": ":9978", "log-level": "debug", "log-format": "json"}},
 	} {
 		t.Run(c.set, func(t *testing.T) {
 			t.Parallel()
