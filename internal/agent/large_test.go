@@ -97,3 +97,46 @@ func BenchmarkLargeList(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkLargeCluster is what the agent does for one changed node of 15,000, but for the kernel.
+func BenchmarkLargeCluster(b *testing.B) {
+	const size = 15000
+	cfg, err := config.Load(config.Sources{Flags: flags("enable-k8s=true", "k8s-node-name=a")})
+	if err != nil {
+		b.Fatal(err)
+	}
+	f := nodeFacts()
+	f.kube = kubeFacts{known: true, own: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}}
+	for i := range size {
+		name := fmt.Sprintf("node-%05d.region.example.internal", i)
+		a4 := netip.AddrFrom4([4]byte{20, byte(i >> 8), byte(i), 0})
+		a6 := netip.AddrFrom16([16]byte{0: 0xfd, 5: byte(i >> 8), 6: byte(i)})
+		f.kube.pods = append(f.kube.pods, policy.Rule{Prefix: netip.PrefixFrom(a4, 24), Origin: "node " + name},
+			policy.Rule{Prefix: netip.PrefixFrom(a6, 64), Origin: "node " + name})
+		for _, a := range []netip.Addr{a4.Next(), a6.Next()} {
+			f.kube.nodes = append(f.kube.nodes, policy.NodeAddr{Addr: a, Node: name, Type: policy.InternalIP, Origin: "node " + name})
+		}
+	}
+	w, v := assemble(cfg, f), assemble(cfg, f)
+	file, other := newPolicyFile(w), newPolicyFile(v)
+	dir := b.TempDir()
+	for _, c := range []struct {
+		name string
+		do   func() error
+	}{
+		{"assemble", func() error { assemble(cfg, f); return nil }},
+		{"compare", func() error { same(w.input, v.input); return nil }},
+		{"build", func() error { _, err := policy.Build(w.input); return err }},
+		{"compare-file", func() error { file.same(other); return nil }},
+		{"write-file", func() error { return file.write(dir) }},
+		{"warn", func() error { tunnelWarning(cfg, f.kube.pods, f.network); return nil }},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			for b.Loop() {
+				if err := c.do(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
