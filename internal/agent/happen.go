@@ -137,8 +137,11 @@ func (l *loop) countNoPort() {
 
 // liftTaint asks for the start-up taint to be removed while the node has it and is ready.
 func (l *loop) liftTaint() {
-	if l.cfg.StartupTaint == "" || l.kube == nil || !l.agent.Ready || l.agent.Error != "" {
+	switch {
+	case l.cfg.StartupTaint == "" || l.kube == nil || !l.agent.Ready || l.agent.Error != "":
 		return
+	case (l.cfg.IPv4 || l.cfg.IPv6) && !onSome(l.kernel.Attached(), l.wanted.input.Devices):
+		return // with no device at all a policy is in force, but nothing is masqueraded
 	}
 	if slices.Contains(l.kube.Snapshot().Taints, l.cfg.StartupTaint) {
 		l.signals.taint.put()

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"bauta.dev/bauta/internal/devices"
 	"bauta.dev/bauta/internal/nodes"
 )
 
@@ -119,6 +120,7 @@ func TestStartupTaint(t *testing.T) {
 				return nil
 			})
 		}()
+		b.network = device(devices.Snapshot{}, 3, "bad0", "192.0.2.1/24") // can't be attached
 		tainted := func(s *nodes.Snapshot) { members(1)(s); s.Taints = []string{"other", key} }
 		b.run(t, func() {
 			b.tell(tainted)
@@ -128,6 +130,12 @@ func TestStartupTaint(t *testing.T) {
 			}
 			b.kernel.set(nil)
 			after(time.Minute)
+			if refusals != 3 {
+				t.Error("lifted before a device was attached")
+			}
+			b.set(func() { b.network = device(devices.Snapshot{}, 2, "eth0", "192.0.2.1/24") })
+			b.signals.network.put()
+			after(time.Minute)
 			after(time.Hour)
 			b.tell(tainted) // the node was registered again
 			after(time.Minute)
@@ -136,7 +144,7 @@ func TestStartupTaint(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if got := strings.Join(lifted, ", "); got != key+" 1m0s, "+key+" 1h2m0s" {
+		if got := strings.Join(lifted, ", "); got != key+" 2m0s, "+key+" 1h3m0s" {
 			t.Error(got)
 		}
 	})

@@ -20,7 +20,8 @@ func (q quieter) level(l slog.Level) slog.Level {
 }
 
 func (q quieter) Enabled(ctx context.Context, l slog.Level) bool {
-	return q.Handler.Enabled(ctx, q.level(l))
+	// What it says besides, such as all requests with their bodies, is for its own authors.
+	return l >= slog.LevelInfo && q.Handler.Enabled(ctx, q.level(l))
 }
 
 func (q quieter) Handle(ctx context.Context, r slog.Record) error {
