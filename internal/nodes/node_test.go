@@ -33,7 +33,7 @@ func busyNode(random *rand.Rand, i int) *corev1.Node {
 		n.Status.Images = append(n.Status.Images, corev1.ContainerImage{Names: []string{strings.Repeat("n", random.IntN(300))}, SizeBytes: random.Int64()})
 	}
 	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, LastHeartbeatTime: metav1.Now()}}
-	n.ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "kubelet", FieldsV1: &metav1.FieldsV1{Raw: []byte("{}")}}}
+	n.ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "kubelet", FieldsV1: metav1.NewFieldsV1("{}")}}
 	return n
 }
 
