@@ -104,7 +104,7 @@ func FuzzUnmarshal(f *testing.F) {
 	})
 }
 
-func encodeList(t *testing.T, list *corev1.NodeList) []byte {
+func encodeList(t testing.TB, list *corev1.NodeList) []byte {
 	t.Helper()
 	raw, err := list.Marshal()
 	if err != nil {
