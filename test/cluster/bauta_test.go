@@ -105,14 +105,10 @@ func agentLogs(t testing.TB) string {
 	return b.String()
 }
 
-// bauta runs a command of Bauta in the agent's pod on a node.
+// bauta runs a command of Bauta in the agent's container on a node.
 func bauta(t testing.TB, n *cluster.Node, args ...string) (string, error) {
 	t.Helper()
-	pod, ok := agents(t)[n.Name]
-	if !ok {
-		return "", fmt.Errorf("no agent on %s", n.Name)
-	}
-	return shared.Kubectl(t.Context(), "", append([]string{"exec", "-n", namespace, pod, "--", "/bauta"}, args...)...)
+	return n.Exec(t.Context(), "agent", append([]string{"/bauta"}, args...)...)
 }
 
 // statusOf is what `bauta status` says on a node.

@@ -91,6 +91,28 @@ func mountCgroups(list []hierarchy) error {
 	return nil
 }
 
+// sweepCgroups removes what clusters left whose process was killed.
+func sweepCgroups() error {
+	list, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, h := range list {
+		left, err := filepath.Glob(filepath.Join(h.dir, namePrefix+"*"))
+		errs = append(errs, err)
+		for _, dir := range left {
+			var pid int
+			if _, err := fmt.Sscanf(filepath.Base(dir), namePrefix+"%d-", &pid); err == nil && !alive(pid) {
+				errs = append(errs, removeTree(dir))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func alive(pid int) bool { return unix.Kill(pid, 0) == nil }
+
 // removeCgroups removes the cgroups of the name and all below them. The kernel lets
 // go of one only after its last process, a moment later.
 func removeCgroups(name string) error {

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"net"
 	"os/exec"
 	"strings"
 	"time"
@@ -44,4 +45,20 @@ func (c *Cluster) client(ctx context.Context, stdin, program string, args ...str
 		return out.String(), fmt.Errorf("%s: %w: %s%s", strings.Join(args, " "), err, warnings.String(), out.String())
 	}
 	return out.String(), nil
+}
+
+// Beside runs a program in the network of the control plane, until stop is called or
+// the cluster ends. Its output is in the log of the name.
+func (c *Cluster) Beside(name, program string, args ...string) (stop func() error, err error) {
+	p, err := start(c.plane.ns, c.Dir, name, exec.Command(program, args...))
+	if err != nil {
+		return nil, err
+	}
+	c.plane.parts = append(c.plane.parts, p)
+	return p.kill, nil
+}
+
+// DialBeside connects from the network of the control plane.
+func (c *Cluster) DialBeside(ctx context.Context, network, address string) (net.Conn, error) {
+	return dialFrom(c.plane.ns)(ctx, network, address)
 }

@@ -27,11 +27,13 @@ type Options struct {
 	Nodes int
 	CNI   CNI
 	Proxy Proxy
-	// CNIMasquerades has the CNI plugin translate by itself (ipMasq).
-	CNIMasquerades bool
 	// Images are archives of images that every node has from its start.
 	Images []string
 }
+
+// namePrefix begins the names of directories and cgroups; the number of the process
+// follows that made them.
+const namePrefix = "bauta-cluster-"
 
 // Cluster is a running cluster.
 type Cluster struct {
@@ -58,7 +60,10 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if o.Proxy == "" {
 		o.Proxy = IPTables
 	}
-	dir, err := os.MkdirTemp("", "bauta-cluster-")
+	if err := sweepCgroups(); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", namePrefix, os.Getpid()))
 	if err != nil {
 		return nil, err
 	}
@@ -122,12 +127,15 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	return n, nil
 }
 
-// RemoveNode ends a node for good: it is switched off and deleted from the API.
+// RemoveNode ends a node for good: it is switched off, and it and its pods are
+// deleted from the API, as a cloud's controller does.
 func (c *Cluster) RemoveNode(ctx context.Context, n *Node) error {
 	c.mu.Lock()
 	c.nodes = slices.DeleteFunc(c.nodes, func(x *Node) bool { return x == n })
 	c.mu.Unlock()
-	return errors.Join(n.PowerOff(), c.API.Delete(ctx, "/api/v1/nodes/"+n.Name))
+	err := errors.Join(n.PowerOff(), c.API.Delete(ctx, "/api/v1/nodes/"+n.Name))
+	_, pods := c.Kubectl(ctx, "", "delete", "pods", "--all-namespaces", "--field-selector=spec.nodeName="+n.Name, "--force", "--grace-period=0")
+	return errors.Join(err, pods)
 }
 
 // Nodes lists the nodes, oldest first.

@@ -69,6 +69,26 @@ func deleteConfigMap(t *testing.T, name string) {
 	}
 }
 
+// hasEvent waits for an Event about a node, with a reason and a word in its message.
+func hasEvent(t *testing.T, n *cluster.Node, reason, word string) {
+	t.Helper()
+	labtest.Eventually(t, 30*time.Second, func() error {
+		var list struct {
+			Items []struct{ Reason, Message, Type string }
+		}
+		path := "/api/v1/events?fieldSelector=involvedObject.kind%3DNode,involvedObject.name%3D" + n.Name
+		if err := shared.API.Get(t.Context(), path, &list); err != nil {
+			return err
+		}
+		for _, e := range list.Items {
+			if e.Reason == reason && strings.Contains(e.Message, word) {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s has no Event %s about %s: %+v", n.Name, reason, word, list.Items)
+	})
+}
+
 func apply(t *testing.T, objects string) {
 	t.Helper()
 	if err := shared.Apply(t.Context(), objects); err != nil {
@@ -122,6 +142,9 @@ func TestIPMasqAgentConfigMap(t *testing.T) {
 	// Made invalid: the last good state, not ready.
 	apply(t, ipMasq("ip-masq-cloud", "nonMasqueradeCIDRs: [198.51.100.0/33]"))
 	podsReady(t, false)
+	for _, n := range shared.Nodes() {
+		hasEvent(t, n, "ConfigInvalid", "ip-masq-cloud")
+	}
 	listed(t, merged...)
 	sees(t, cluster.Friend, podOn[0].Addr)
 

@@ -20,6 +20,8 @@ import (
 var (
 	shared   *cluster.Cluster
 	programs cluster.Programs
+	// untouched is what the nodes were like before Bauta came.
+	untouched [][]string
 )
 
 var (
@@ -49,6 +51,10 @@ func run(m *testing.M) (code int, err error) {
 	}
 	ctx, done := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer done()
+	before, err := cluster.Look()
+	if err != nil {
+		return 1, err
+	}
 	dir, err := os.MkdirTemp("", "bauta-cluster-programs-")
 	if err != nil {
 		return 1, err
@@ -58,8 +64,11 @@ func run(m *testing.M) (code int, err error) {
 	if programs, err = cluster.Build(ctx, dir); err != nil {
 		return 1, err
 	}
-	for _, v := range []string{version, newer} {
-		archive, err := cluster.BautaImage(ctx, dir, v)
+	for _, image := range []struct {
+		version  string
+		iptables bool
+	}{{version, false}, {version, true}, {newer, false}} {
+		archive, err := cluster.BautaImage(ctx, dir, image.version, image.iptables)
 		if err != nil {
 			return 1, err
 		}
@@ -74,11 +83,18 @@ func run(m *testing.M) (code int, err error) {
 	}
 	ready := time.Now()
 	err = startPods(ctx)
+	for _, n := range shared.Nodes() {
+		var list []string
+		if err == nil {
+			list, err = traces(ctx, n)
+		}
+		untouched = append(untouched, list)
+	}
 	if err == nil {
 		err = tryInstall(ctx, version)
 	}
 	if err != nil {
-		return 1, errors.Join(err, errors.New(shared.Logs()), shared.Close(true))
+		return 1, errors.Join(err, errors.New(shared.Logs()), shared.Close(true), before.Unchanged())
 	}
 	fmt.Printf("programs built in %.1f s, nodes ready %.1f s later, pods and Bauta %.1f s later\n",
 		built.Sub(begin).Seconds(), ready.Sub(built).Seconds(), time.Since(ready).Seconds())
@@ -93,5 +109,5 @@ func run(m *testing.M) (code int, err error) {
 	if code != 0 {
 		fmt.Fprintln(os.Stderr, shared.Logs())
 	}
-	return code, errors.Join(err, shared.Close(code != 0))
+	return code, errors.Join(err, shared.Close(code != 0), before.Unchanged())
 }

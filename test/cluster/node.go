@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -69,7 +71,7 @@ func (c *Cluster) newNode(ctx context.Context, i int) (*Node, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", n.Name, err)
 	}
-	return n, n.spec.writeCNI(c.opts.CNI, n.Pods, c.opts.CNIMasquerades)
+	return n, n.spec.writeCNI(c.opts.CNI, n.Pods, false)
 }
 
 // Boot starts the node, in new namespaces. The cluster's other nodes have a route to
@@ -141,26 +143,28 @@ func (n *Node) Running() bool { return n.init != nil && !n.init.ended() }
 // NS is the node's network namespace. It is another one after a reboot.
 func (n *Node) NS() *lab.NS { return n.ns }
 
+// Dial connects from the node.
+func (n *Node) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return dialFrom(n.ns)(ctx, network, address)
+}
+
 // Dir is where the node's logs are.
 func (n *Node) Dir() string { return n.spec.Dir }
 
-// Run runs a command on the node and returns what it wrote.
+// Run runs a command on the node and returns what it wrote to its standard output.
 func (n *Node) Run(ctx context.Context, argv ...string) (string, error) {
 	if !n.Running() {
 		return "", fmt.Errorf("run on %s: the node is off", n.Name)
 	}
 	args := append([]string{"--target", strconv.Itoa(n.init.cmd.Process.Pid), "--all", "--"}, argv...)
-	out, err := exec.CommandContext(ctx, "nsenter", args...).CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("run %q on %s: %w: %s", argv, n.Name, err, out)
+	var out, warnings strings.Builder
+	cmd := exec.CommandContext(ctx, "nsenter", args...)
+	cmd.Stdout, cmd.Stderr = &out, &warnings
+	cmd.WaitDelay = 5 * time.Second
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("run %q on %s: %w: %s", argv, n.Name, err, warnings.String())
 	}
-	return string(out), err
-}
-
-// Import gives the node an image.
-func (n *Node) Import(ctx context.Context, archive string) error {
-	_, err := n.Run(ctx, "ctr", "-n", "k8s.io", "images", "import", archive)
-	return err
+	return out.String(), nil
 }
 
 // ready returns nil if the API server says that the node is.

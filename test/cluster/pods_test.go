@@ -25,13 +25,15 @@ const (
 	nodePortHere = 30600 // Local, with the pod on the first node only
 )
 
-// services are dual stack as far as the cluster is.
+// services have both families. Their endpoints stay when a node is not ready, or
+// tests that cut nodes off would measure kube-proxy.
 const services = `
 apiVersion: v1
 kind: Service
 metadata: {name: pods}
 spec:
   type: NodePort
+  publishNotReadyAddresses: true
   ipFamilyPolicy: RequireDualStack
   selector: {app: pod}
   ports:
@@ -43,6 +45,7 @@ kind: Service
 metadata: {name: alone}
 spec:
   type: NodePort
+  publishNotReadyAddresses: true
   externalTrafficPolicy: Local
   ipFamilyPolicy: RequireDualStack
   selector: {app: alone}

@@ -44,15 +44,20 @@ func Build(ctx context.Context, dir string) (p Programs, err error) {
 	return p, nil
 }
 
-// BautaImage builds the image that is tested, as bauta.test/bauta:VERSION, and
-// returns the path of its archive.
-func BautaImage(ctx context.Context, dir, version string) (string, error) {
+// BautaImage builds the image that is tested, as bauta.test/bauta:VERSION, or its
+// variant with the tools of iptables mode, and returns the path of its archive.
+func BautaImage(ctx context.Context, dir, version string, iptables bool) (string, error) {
 	module, err := output(ctx, "", "go", "list", "-m", "-f", "{{.Dir}}", "bauta.dev/bauta")
 	if err != nil {
 		return "", err
 	}
-	path := filepath.Join(dir, "bauta-"+version+".tar")
-	_, err = output(ctx, module, "go", "run", "./packaging/image", "-o", path, "-version", version, "-ref", "bauta.test/bauta:"+version)
+	tag, variant := version, "ebpf"
+	if iptables {
+		tag, variant = version+"-iptables", "iptables"
+	}
+	path := filepath.Join(dir, "bauta-"+tag+".tar")
+	_, err = output(ctx, module, "go", "run", "./packaging/image", "-o", path, "-version", version,
+		"-variant", variant, "-ref", "bauta.test/bauta:"+tag)
 	return path, err
 }
 

@@ -17,6 +17,8 @@ const (
 	// silence is how long a connection may be without an answer: longer than a few
 	// retransmissions, shorter than anybody's patience.
 	silence = 15 * time.Second
+	// remembered is how many failures are described: one cause has many.
+	remembered = 5
 )
 
 // Hold is a load that lasts: connections that stay open and are used all the
@@ -34,7 +36,8 @@ type Report struct {
 	Open    int      // long-lived connections that work
 	Beats   int      // exchanges over them
 	Fresh   int      // short connections that worked
-	Broken  []string // each connection that did not, long or short
+	Failed  int      // connections that did not, long or short
+	Broken  []string // what the first of them said
 	Sources []netip.Addr
 }
 
@@ -91,7 +94,9 @@ func (h *Hold) update(f func(*Report)) {
 func (h *Hold) broke(life context.Context, err error) {
 	if life.Err() == nil {
 		h.update(func(r *Report) {
-			r.Broken = append(r.Broken, time.Now().Format("15:04:05.000 ")+err.Error())
+			if r.Failed++; len(r.Broken) < remembered {
+				r.Broken = append(r.Broken, time.Now().Format("15:04:05.000 ")+err.Error())
+			}
 		})
 	}
 }
