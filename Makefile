@@ -6,7 +6,7 @@ ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: help build image chart generate check lint test kernels fuzz bench demo ci ci-generated
+.PHONY: help build image chart generate check lint test test-cluster kernels fuzz bench demo ci ci-generated
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,16 @@ generate: ## the BPF objects, with the pinned clang
 
 ci-generated: generate ## proves that the committed objects are what the sources give
 	git diff --exit-code -- internal/datapath docs
+
+# What differs with another CNI plugin and another mode of kube-proxy.
+CLUSTER_VARIANT = TestNodesAreReady|TestWorld|TestInside|TestHost|TestClusterIP|TestNodePort|TestIPTablesMode|TestBesideCNI|TestAgentKilled|TestNodeRebooted
+test-cluster: ## a real Kubernetes with two nodes and the chart, in two variants (root; 10 minutes, the first time 10 more)
+	@tools/need image
+	@tools/need cluster
+	test/cluster/kube/build
+	tools/helm/build
+	go test -count=1 -timeout 15m ./test/cluster
+	go test -count=1 -timeout 10m -run '$(CLUSTER_VARIANT)' ./test/cluster -args -cni bridge -proxy nftables
 
 kernels: ## program and lab suites, the demo and some of e2e on 5.10, 6.1, 6.12 and the newest kernel in QEMU (root, up to 50 minutes)
 	@tools/need kernels
