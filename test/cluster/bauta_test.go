@@ -62,7 +62,7 @@ func uninstall(t testing.TB) {
 	if _, err := shared.Helm(t.Context(), "uninstall", "bauta", "--namespace", namespace, "--wait", "--timeout", "60s"); err != nil {
 		t.Fatal(err)
 	}
-	labtest.Eventually(t, time.Minute, func() error {
+	wait(t, time.Minute, func() error {
 		if list := agents(t); len(list) > 0 {
 			return fmt.Errorf("agents that are left: %v", list)
 		}
@@ -173,7 +173,7 @@ type agentPod struct {
 // podsReady waits until each agent's pod is ready, or is not.
 func podsReady(t testing.TB, want bool) {
 	t.Helper()
-	labtest.Eventually(t, propagation, func() error {
+	wait(t, propagation, func() error {
 		on := agents(t)
 		for _, n := range shared.Nodes() {
 			p, err := agentPodOf(t, on[n.Name])
@@ -219,5 +219,24 @@ func sameAgents(t testing.TB, before map[string]string) {
 		if name != before[n] || p.restarts > 0 {
 			t.Errorf("agent on %s: pod %s with %d restarts, it was %s", n, name, p.restarts, before[n])
 		}
+	}
+}
+
+// wait is labtest.Eventually for questions that cost something: a process in a
+// container, a request to the API server.
+func wait(t testing.TB, limit time.Duration, cond func() error) {
+	t.Helper()
+	deadline := time.Now().Add(labtest.Patience(limit))
+	every := time.NewTicker(200 * time.Millisecond)
+	defer every.Stop()
+	for {
+		err := cond()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %v", limit, err)
+		}
+		<-every.C
 	}
 }

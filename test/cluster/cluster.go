@@ -98,13 +98,14 @@ func (c *Cluster) start(ctx context.Context) (err error) {
 	return nil
 }
 
-// AddNode starts another node, and does not wait until it is ready.
-func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
+// AddNode starts another node, which has taints from its beginning, and does not
+// wait until it is ready.
+func (c *Cluster) AddNode(ctx context.Context, taints ...string) (*Node, error) {
 	if c.last == maxNodes {
 		return nil, fmt.Errorf("add a node: there were %d already", maxNodes)
 	}
 	c.last++
-	n, err := c.newNode(ctx, c.last)
+	n, err := c.newNode(ctx, c.last, taints)
 	if err != nil {
 		return nil, err
 	}

@@ -1,21 +1,21 @@
 package cluster_test
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"bauta.dev/bauta/internal/agent"
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 )
 
 // warned waits until the status of a node has a warning with the word, or has none.
 func warned(t *testing.T, n *cluster.Node, word string, want bool) {
 	t.Helper()
-	labtest.Eventually(t, 90*time.Second, func() error {
+	wait(t, 90*time.Second, func() error {
 		s, err := statusOf(t, n)
 		if err != nil {
 			return err
@@ -25,38 +25,6 @@ func warned(t *testing.T, n *cluster.Node, word string, want bool) {
 		}
 		return nil
 	})
-}
-
-// A CNI plugin with ipMasq masquerades what leaves its network, before Bauta sees
-// it: the outside sees the node either way, and the status says who does it.
-func TestBesideCNIMasquerade(t *testing.T) {
-	noLeak(t)
-	install(t, "image.variant=iptables") // which can name the rules of others
-	n := node(0)
-	if err := n.CNIMasquerades(true); err != nil {
-		t.Fatal(err)
-	}
-	p, err := n.StartPod(t.Context(), cluster.PodOptions{Name: "masqueraded"})
-	if back := n.CNIMasquerades(false); back != nil {
-		t.Fatal(back)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, a := range cluster.World.All() {
-		if got := ask(t, p, "tcp", echo(a, "tcp")); got.Source.Addr() != n.Addr.Of(a) {
-			t.Errorf("%s saw %s, want the node %s", a, got.Source, n.Addr.Of(a))
-		}
-	}
-	rules, err := n.Run(t.Context(), "iptables-save", "-t", "nat")
-	if err != nil || !strings.Contains(rules, "-j MASQUERADE") {
-		t.Fatalf("the plugin has made no rule: %v\n%s", err, rules)
-	}
-	warned(t, n, "CNI-", true)
-	if err := p.Delete(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	warned(t, n, "CNI-", false)
 }
 
 // ipMasqAgentRules are those of kubernetes-sigs/ip-masq-agent, by its own names.
@@ -71,44 +39,61 @@ const ipMasqAgentRules = `*nat
 COMMIT
 `
 
-// In iptables mode the same is true of what the outside and other nodes see.
-func TestIPTablesMode(t *testing.T) {
+// runLines runs commands on a node, one a line.
+func runLines(t *testing.T, n *cluster.Node, commands string) {
+	t.Helper()
+	if _, err := n.Run(context.WithoutCancel(t.Context()), "sh", "-ec", commands); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Beside a CNI plugin with ipMasq on one node, and kubernetes-sigs/ip-masq-agent on
+// the other: both translate before Bauta sees a packet. The outside sees the node
+// all the same, and the status names the rules, for as long as they are there.
+func TestBesideOthers(t *testing.T) {
 	noLeak(t)
-	install(t, "bpf.masquerade=false")
-	for _, n := range shared.Nodes() {
-		s, err := statusOf(t, n)
-		if err != nil {
-			t.Fatal(err)
+	install(t, "image.variant=iptables") // which can read the rules of others
+	plugin, other := node(0), node(1)
+	if err := plugin.CNIMasquerades(true); err != nil {
+		t.Fatal(err)
+	}
+	// The plugin removes its rules only while it is told to make them.
+	t.Cleanup(func() {
+		if err := plugin.CNIMasquerades(false); err != nil {
+			t.Error(err)
 		}
-		if s.Masquerading.Mode != agent.ModeIPTables {
-			t.Errorf("%s: mode %s", n.Name, s.Masquerading.Mode)
+	})
+	p, err := plugin.StartPod(t.Context(), cluster.PodOptions{Name: "masqueraded"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	removePod := sync.OnceFunc(func() {
+		if err := p.Delete(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(removePod)
+	runLines(t, other, "iptables-restore --noflush <<'.'\n"+ipMasqAgentRules+".\n")
+	removeRules := sync.OnceFunc(func() {
+		runLines(t, other, `
+iptables -t nat -D POSTROUTING -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT
+iptables -t nat -F IP-MASQ-AGENT
+iptables -t nat -X IP-MASQ-AGENT`)
+	})
+	t.Cleanup(removeRules)
+
+	warned(t, plugin, "CNI-", true)
+	warned(t, other, "IP-MASQ-AGENT", true)
+	for _, a := range cluster.World.All() {
+		if got := ask(t, p, "tcp", echo(a, "tcp")); got.Source.Addr() != plugin.Addr.Of(a) {
+			t.Errorf("%s saw %s, want the node %s", a, got.Source, plugin.Addr.Of(a))
 		}
 	}
 	t.Run("World", TestWorldSeesTheNode)
-	t.Run("Cluster", TestInsideTheClusterNothingIsTranslated)
-	t.Run("NodePort", TestNodePort)
-}
 
-func TestBesideIPMasqAgent(t *testing.T) {
-	noLeak(t)
-	install(t, "image.variant=iptables") // which can name the rules of others
-	n := node(0)
-	if _, err := n.Run(t.Context(), "sh", "-c", "iptables-restore --noflush <<'.'\n"+ipMasqAgentRules+".\n"); err != nil {
-		t.Fatal(err)
-	}
-	clean := func() {
-		for _, rule := range []string{
-			"iptables -t nat -D POSTROUTING -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT",
-			"iptables -t nat -F IP-MASQ-AGENT", "iptables -t nat -X IP-MASQ-AGENT",
-		} {
-			if _, err := n.Run(t.Context(), strings.Fields(rule)...); err != nil {
-				t.Error(err)
-			}
-		}
-	}
-	warned(t, n, "IP-MASQ-AGENT", true)
-	TestWorldSeesTheNode(t)
-	clean()
-	warned(t, n, "IP-MASQ-AGENT", false)
-	TestWorldSeesTheNode(t)
+	removePod()
+	removeRules()
+	warned(t, plugin, "CNI-", false)
+	warned(t, other, "IP-MASQ-AGENT", false)
+	t.Run("World again", TestWorldSeesTheNode)
 }

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"bauta.dev/bauta/internal/lab"
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 )
 
@@ -38,7 +37,7 @@ func private(link bool) string {
 func listed(t *testing.T, want ...string) {
 	t.Helper()
 	for _, n := range shared.Nodes() {
-		labtest.Eventually(t, propagation, func() error {
+		wait(t, propagation, func() error {
 			out, err := bauta(t, n, "bpf", "ipmasq", "list")
 			if err != nil {
 				return err
@@ -72,7 +71,7 @@ func deleteConfigMap(t *testing.T, name string) {
 // hasEvent waits for an Event about a node, with a reason and a word in its message.
 func hasEvent(t *testing.T, n *cluster.Node, reason, word string) {
 	t.Helper()
-	labtest.Eventually(t, 30*time.Second, func() error {
+	wait(t, 30*time.Second, func() error {
 		var list struct {
 			Items []struct{ Reason, Message, Type string }
 		}
@@ -157,13 +156,4 @@ func TestIPMasqAgentConfigMap(t *testing.T) {
 	listed(t, defaults...)
 
 	sameAgents(t, before)
-}
-
-// A CIDR given as a value is excluded from masquerading.
-func TestNativeRoutingCIDR(t *testing.T) {
-	noLeak(t)
-	install(t, "ipv4NativeRoutingCIDR="+netip.PrefixFrom(cluster.Friend.V4, 32).String(),
-		"ipv6NativeRoutingCIDR="+netip.PrefixFrom(cluster.Friend.V6, 128).String())
-	sees(t, cluster.Friend, podOn[0].Addr)
-	sees(t, cluster.World, node(0).Addr)
 }

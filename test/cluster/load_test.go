@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 	"bauta.dev/bauta/test/cluster/talk"
 )
@@ -85,7 +84,7 @@ func (l load) alive(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", f.name, err)
 		}
-		labtest.Eventually(t, 20*time.Second, func() error {
+		wait(t, 20*time.Second, func() error {
 			r, err := f.report()
 			if err != nil {
 				return err

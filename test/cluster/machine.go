@@ -13,7 +13,7 @@ import (
 )
 
 // Machine is what the machine is like that a cluster runs on: its kernel settings,
-// and what carries the name of a cluster.
+// and what this process' clusters have there.
 type Machine map[string]string
 
 // restless are settings that change by themselves, or are another one's to change.
@@ -69,7 +69,24 @@ func Look() (Machine, error) {
 			m["mount "+strings.TrimSpace(line)] = "there"
 		}
 	}
-	return m, nil
+	return m, m.addProcesses(strings.TrimSuffix(mine, "*"))
+}
+
+// addProcesses adds the components of clusters, which all are told a file of theirs.
+func (m Machine) addProcesses(mine string) error {
+	all, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return err
+	}
+	for _, dir := range all {
+		args, _ := os.ReadFile(dir + "/cmdline") // it may have ended meanwhile
+		env, _ := os.ReadFile(dir + "/environ")
+		command := strings.ReplaceAll(string(args), "\x00", " ")
+		if strings.Contains(command, mine) || strings.Contains(string(env), specEnv+"="+filepath.Join(os.TempDir(), mine)) {
+			m["process "+filepath.Base(dir)+": "+shorten(command)] = "there"
+		}
+	}
+	return nil
 }
 
 func isRestless(path string) bool {

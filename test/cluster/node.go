@@ -33,9 +33,14 @@ type Node struct {
 
 // newNode makes the node an object of the API and gets its pod ranges, as a cloud's
 // controller does, before its kubelet is started.
-func (c *Cluster) newNode(ctx context.Context, i int) (*Node, error) {
+func (c *Cluster) newNode(ctx context.Context, i int, taints []string) (*Node, error) {
 	n := &Node{Name: nodeName(i), Addr: nodeAddr(i), cluster: c}
-	err := c.API.Post(ctx, "/api/v1/nodes", map[string]any{"metadata": map[string]any{"name": n.Name}})
+	type object = map[string]any
+	list := []object{}
+	for _, key := range taints {
+		list = append(list, object{"key": key, "effect": "NoSchedule"})
+	}
+	err := c.API.Post(ctx, "/api/v1/nodes", object{"metadata": object{"name": n.Name}, "spec": object{"taints": list}})
 	if err != nil {
 		return nil, err
 	}
@@ -190,6 +195,18 @@ func (n *Node) ready(ctx context.Context) error {
 		}
 	}
 	return fmt.Errorf("%s is not ready: its kubelet has not said anything", n.Name)
+}
+
+// Taints returns the keys of the node's taints.
+func (n *Node) Taints(ctx context.Context) (keys []string, err error) {
+	var object struct {
+		Spec struct{ Taints []struct{ Key string } }
+	}
+	err = n.cluster.API.Get(ctx, "/api/v1/nodes/"+n.Name, &object)
+	for _, taint := range object.Spec.Taints {
+		keys = append(keys, taint.Key)
+	}
+	return keys, err
 }
 
 // AwaitReady waits until the API server calls the node ready.

@@ -48,7 +48,7 @@ evictionHard: {}
 imageGCHighThresholdPercent: 100
 localStorageCapacityIsolation: false
 # The kubelet's own default is 1m: how long a changed ConfigMap may take.
-syncFrequency: 2s
+syncFrequency: 1s
 nodeStatusUpdateFrequency: 3s
 `
 

@@ -4,20 +4,24 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 )
 
-// A node joins and leaves: the others know it, and it masquerades as they do.
+// startupTaint keeps pods away from a node until its agent is ready.
+const startupTaint = "node.bauta.dev/agent-not-ready"
+
+// A node joins and leaves: the others know it, and it masquerades as they do, from
+// the first packet of the first pod on.
 func TestNodeJoinsAndLeaves(t *testing.T) {
 	noLeak(t)
-	install(t)
+	install(t, "startupTaint.enabled=true")
 	l := startLoad(t, 0, 1)
-	n, err := shared.AddNode(t.Context())
+	n, err := shared.AddNode(t.Context(), startupTaint)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,14 +36,18 @@ func TestNodeJoinsAndLeaves(t *testing.T) {
 		}
 	}
 	t.Cleanup(leave)
+	if taints, err := n.Taints(t.Context()); err != nil || !slices.Contains(taints, startupTaint) {
+		t.Fatalf("the new node has the taints %q: %v", taints, err)
+	}
 	if err := n.AwaitReady(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	knows(t, node(0), n, true)
-	podsReady(t, true)
-	p, err := n.StartPod(t.Context(), cluster.PodOptions{Name: "pod-" + n.Name})
+	p, err := n.StartPod(t.Context(), cluster.PodOptions{Name: "pod-" + n.Name, Scheduled: true})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if taints, err := n.Taints(t.Context()); err != nil || slices.Contains(taints, startupTaint) {
+		t.Errorf("a pod runs, with the taints %q: %v", taints, err)
 	}
 	for _, a := range cluster.World.All() {
 		if got := ask(t, p, "tcp", echo(a, "tcp")); got.Source.Addr() != n.Addr.Of(a) {
@@ -54,6 +62,8 @@ func TestNodeJoinsAndLeaves(t *testing.T) {
 			}
 		}
 	}
+	podsReady(t, true)
+	knows(t, node(0), n, true)
 	leave()
 	knows(t, node(0), n, false)
 	l.unharmed(t)
@@ -62,7 +72,7 @@ func TestNodeJoinsAndLeaves(t *testing.T) {
 // knows waits until a node has another's addresses in its kernel, or has not.
 func knows(t *testing.T, n, other *cluster.Node, want bool) {
 	t.Helper()
-	labtest.Eventually(t, 10*time.Second, func() error {
+	wait(t, 10*time.Second, func() error {
 		out, err := bauta(t, n, "bpf", "node", "list")
 		if err != nil {
 			return err

@@ -135,7 +135,7 @@ func poll(ctx context.Context, limit time.Duration, cond func() error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", limit, err)
+			return fmt.Errorf("%w (limit %s): %w", ctx.Err(), limit, err)
 		case <-every.C:
 		}
 	}

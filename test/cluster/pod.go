@@ -30,6 +30,9 @@ type PodOptions struct {
 	Labels map[string]string
 	// HostNetwork puts it into the node's own network.
 	HostNetwork bool
+	// Scheduled leaves it to the scheduler, which heeds taints, to bring the pod to
+	// its node. Other pods are there whatever happens to the node.
+	Scheduled bool
 	// HostPort is a port of the node that leads to PodPort; 0 = none.
 	HostPort int
 }
@@ -68,15 +71,16 @@ func (o PodOptions) object(node string) map[string]any {
 			{"containerPort": port, "hostPort": o.HostPort, "protocol": "UDP"},
 		}
 	}
-	return object{
-		"metadata": object{"name": o.Name, "labels": o.Labels},
-		"spec": object{
-			"nodeName": node, "hostNetwork": o.HostNetwork, "terminationGracePeriodSeconds": 1,
-			"automountServiceAccountToken": false, "containers": []object{container},
-			// It stays on a node that is away for a while.
-			"tolerations": []object{{"operator": "Exists"}},
-		},
+	spec := object{
+		"hostNetwork": o.HostNetwork, "terminationGracePeriodSeconds": 1,
+		"automountServiceAccountToken": false, "containers": []object{container},
 	}
+	if o.Scheduled {
+		spec["nodeSelector"] = object{"kubernetes.io/hostname": node}
+	} else {
+		spec["nodeName"], spec["tolerations"] = node, []object{{"operator": "Exists"}}
+	}
+	return object{"metadata": object{"name": o.Name, "labels": o.Labels}, "spec": spec}
 }
 
 const pods = "/api/v1/namespaces/default/pods"

@@ -49,7 +49,7 @@ func TestPrometheus(t *testing.T) {
 		`count(bauta_device_attached{device="eth0"} == 1) by (node) >= bool 1`:    1,
 		`min(bauta_nodes)`: float64(len(shared.Nodes()) - 1),
 	} {
-		labtest.Eventually(t, time.Minute, func() error {
+		wait(t, time.Minute, func() error {
 			got, err := ask9090(t.Context(), query)
 			if err != nil {
 				return err

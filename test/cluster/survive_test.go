@@ -5,14 +5,13 @@ import (
 	"testing"
 	"time"
 
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 )
 
 // restarted waits until the agent of a node is ready after more restarts than before.
 func restarted(t *testing.T, n *cluster.Node, before int) {
 	t.Helper()
-	labtest.Eventually(t, time.Minute, func() error {
+	wait(t, time.Minute, func() error {
 		p, err := agentPodOf(t, agents(t)[n.Name])
 		if err == nil && (!p.ready || p.restarts <= before) {
 			err = fmt.Errorf("agent on %s: ready %t, %d restarts", n.Name, p.ready, p.restarts)
@@ -25,7 +24,7 @@ func restarted(t *testing.T, n *cluster.Node, before int) {
 func versions(t *testing.T, want string) {
 	t.Helper()
 	for _, n := range shared.Nodes() {
-		labtest.Eventually(t, 30*time.Second, func() error {
+		wait(t, 30*time.Second, func() error {
 			s, err := statusOf(t, n)
 			if err == nil && s.Agent.Version != want {
 				err = fmt.Errorf("agent on %s: version %s, want %s", n.Name, s.Agent.Version, want)
@@ -112,7 +111,7 @@ func TestNodeRebooted(t *testing.T) {
 	restarted(t, n, before.restarts)
 	// Its pods have other addresses, in new namespaces.
 	for _, p := range []*cluster.Pod{podOn[1], hostOn[1]} {
-		labtest.Eventually(t, time.Minute, func() error {
+		wait(t, time.Minute, func() error {
 			if err := p.AwaitReady(t.Context()); err != nil {
 				return err
 			}
@@ -145,7 +144,7 @@ func TestAPIServerAway(t *testing.T) {
 		}
 	}
 	defer back()
-	labtest.Eventually(t, time.Minute, func() error {
+	wait(t, time.Minute, func() error {
 		s, err := statusOf(t, node(0))
 		if err == nil && (s.Kubernetes == nil || s.Kubernetes.Error == "") {
 			err = fmt.Errorf("status does not say that the API server is away")
@@ -161,7 +160,7 @@ func TestAPIServerAway(t *testing.T) {
 	}
 	// The new one knows other nodes from its last run, and its health does not
 	// depend on the API server.
-	labtest.Eventually(t, time.Minute, func() error {
+	wait(t, time.Minute, func() error {
 		id, err := node(0).Container(t.Context(), "agent")
 		if err != nil {
 			return err
@@ -183,7 +182,7 @@ func TestAPIServerAway(t *testing.T) {
 		if err := n.AwaitReady(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		labtest.Eventually(t, time.Minute, func() error {
+		wait(t, time.Minute, func() error {
 			s, err := statusOf(t, n)
 			if err == nil && (s.Kubernetes == nil || !s.Kubernetes.Synced || s.Kubernetes.Error != "") {
 				err = fmt.Errorf("%s: Kubernetes %+v", n.Name, s.Kubernetes)

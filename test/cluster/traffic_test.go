@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"bauta.dev/bauta/internal/lab"
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 	"bauta.dev/bauta/test/cluster/talk"
 )
@@ -106,7 +105,7 @@ func TestClusterIP(t *testing.T) {
 		for _, proto := range []string{"tcp", "udp"} {
 			answered := map[string]bool{}
 			// The second pod is no endpoint: it never meets itself.
-			labtest.Eventually(t, 20*time.Second, func() error {
+			wait(t, 20*time.Second, func() error {
 				a, err := second.Ask(t.Context(), proto, netip.AddrPortFrom(of(addr), 80))
 				if err != nil {
 					return err
@@ -129,7 +128,7 @@ func TestNodePort(t *testing.T) {
 		for _, proto := range []string{"tcp", "udp"} {
 			for _, n := range shared.Nodes() {
 				answered := map[string]bool{}
-				labtest.Eventually(t, 20*time.Second, func() error {
+				wait(t, 20*time.Second, func() error {
 					a, err := askFromOutside(t.Context(), proto, netip.AddrPortFrom(of(n.Addr), nodePort))
 					if err != nil {
 						return err
@@ -138,7 +137,7 @@ func TestNodePort(t *testing.T) {
 					return missing(answered, podOn[0].Name, podOn[1].Name)
 				})
 			}
-			labtest.Eventually(t, 20*time.Second, func() error {
+			wait(t, 20*time.Second, func() error {
 				a, err := askFromOutside(t.Context(), proto, netip.AddrPortFrom(of(node(0).Addr), nodePortHere))
 				if err == nil && (a.Server != alone.Name || a.Source.Addr() != of(cluster.Gateway)) {
 					t.Fatalf("policy Local over %s: %s saw %s, want %s to see %s", proto, a.Server, a.Source, alone.Name, of(cluster.Gateway))

@@ -12,7 +12,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
-	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/test/cluster"
 )
 
@@ -71,7 +70,7 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	install(t, "cleanup.enabled=true")
 	uninstall(t)
 	for i, n := range shared.Nodes() {
-		labtest.Eventually(t, 10*time.Second, func() error {
+		wait(t, 10*time.Second, func() error {
 			got, err := traces(t.Context(), n)
 			if err == nil && !slices.Equal(got, untouched[i]) {
 				err = fmt.Errorf("%s has\n%s\nbefore the installation it had\n%s", n.Name, strings.Join(got, "\n"), strings.Join(untouched[i], "\n"))
