@@ -15,9 +15,11 @@ import (
 // LinkOpts are the properties of a veth pair; the zero value is a plain pair
 // that is up and has no global addresses.
 type LinkOpts struct {
-	MTU       int // both ends; 0 = 1500
-	AddrsA    []netip.Prefix
-	AddrsB    []netip.Prefix
+	MTU    int // both ends; 0 = 1500
+	AddrsA []netip.Prefix
+	AddrsB []netip.Prefix
+	// MACB is the link-layer address of the second end; none: another one each time.
+	MACB      net.HardwareAddr
 	NoOffload bool // both ends: packets on the wire have wire size and final checksums
 	// Down leaves both ends down.
 	Down bool
@@ -27,7 +29,7 @@ type LinkOpts struct {
 // carry traffic of both families.
 func Link(a *NS, aName string, b *NS, bName string, o LinkOpts) error {
 	veth := netlink.NewVeth(netlink.LinkAttrs{Name: aName, MTU: o.MTU})
-	veth.PeerName = bName
+	veth.PeerName, veth.PeerHardwareAddr = bName, o.MACB
 	err := b.WithFD(func(fd int) error {
 		veth.PeerNamespace = netlink.NsFd(fd)
 		return a.Do(func() error { return netlink.LinkAdd(veth) })
