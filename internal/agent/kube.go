@@ -73,9 +73,10 @@ type kubeFacts struct {
 // kube is what an agent before this one knew of the cluster.
 func (e earlier) kube() kubeFacts {
 	var k kubeFacts
-	if !e.applied || e.file == nil {
+	if !e.applied || e.file == nil || e.file.Node == "" {
 		return k
 	}
+	k.known = true
 	for _, r := range e.file.Sources {
 		if strings.HasPrefix(r.Origin, nodeOrigin) {
 			k.own = append(k.own, r.Prefix)
@@ -87,8 +88,6 @@ func (e earlier) kube() kubeFacts {
 		}
 	}
 	k.pods = e.file.Pods
-	// Without a range of its own that agent had not heard of the cluster, or was told to do without.
-	k.known = len(k.own) > 0
 	return k
 }
 
@@ -137,6 +136,10 @@ func kubeStatus(cfg config.Config, k cluster) *KubernetesStatus {
 	}
 	if snap.Error != "" {
 		s.ErrorSince = snap.Since
+	}
+	// Where a network plugin has ranges of its own, Node objects have none.
+	if snap.Unranged && len(snap.Own) == 0 && (len(cfg.PodCIDRs) > 0 || cfg.MasqueradeForwarded) {
+		s.Problem = ""
 	}
 	return s
 }

@@ -119,8 +119,11 @@ func TestLoopWaitsForOtherNodes(t *testing.T) {
 		b.cfg.PodCIDRs = []policy.Rule{{Prefix: netip.MustParsePrefix("10.7.0.0/16"), Origin: "option pod-cidrs"}}
 		got := b.run(t, func() {
 			after(time.Second)
-			b.tell(func(s *nodes.Snapshot) { members(1)(s); s.Own = nil })
+			b.tell(func(s *nodes.Snapshot) { members(1)(s); s.Own, s.Unranged, s.Problem = nil, true, "no podCIDRs" })
 			after(time.Second)
+			if s := b.view(); degraded(s) != "" {
+				t.Errorf("with pod-cidrs of a network plugin: %s", degraded(s))
+			}
 			b.tell(members(1))
 			after(time.Second)
 			if s := b.view(); rules(s.Sources.IPv4.Ranges) != "10.1.0.0/16 (node a), 10.7.0.0/16 (option pod-cidrs)" {
@@ -138,7 +141,7 @@ func TestLoopWaitsForOtherNodes(t *testing.T) {
 func TestLoopRestoresTheCluster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newKubeBench(t)
-		b.earlier = earlier{applied: true, file: &PolicyFile{
+		b.earlier = earlier{applied: true, file: &PolicyFile{Node: "a",
 			Sources: []policy.Rule{{Prefix: netip.MustParsePrefix("10.1.0.0/16"), Origin: "node a"}, {Prefix: netip.MustParsePrefix("10.9.0.0/16"), Origin: "option pod-cidrs"}},
 			Pods:    []policy.Rule{pod(1), pod(2)},
 			Nodes:   []policy.NodeAddr{nodeAddr(1), nodeAddr(2), {Addr: netip.MustParseAddr("198.51.100.77"), Origin: "file f"}},
@@ -167,6 +170,18 @@ func TestLoopRestoresTheCluster(t *testing.T) {
 			after(time.Second)
 			look("with another range", "sources 10.8.0.0/16 (node a); pods 10.2.0.0/24 (node n0); 1 nodes; ready true; degraded ")
 		})
+	})
+}
+
+// Also where Node objects have no ranges, because a network plugin has them.
+func TestLoopRestoresWithoutRanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newKubeBench(t)
+		b.cfg.PodCIDRs = []policy.Rule{{Prefix: netip.MustParsePrefix("10.7.0.0/16"), Origin: "option pod-cidrs"}}
+		b.earlier = earlier{applied: true, file: &PolicyFile{Node: "a", Sources: b.cfg.PodCIDRs}}
+		if got := b.run(t, func() { after(time.Second) }); len(applies(got)) != 1 {
+			t.Error(got)
+		}
 	})
 }
 

@@ -29,7 +29,8 @@ type PolicyFile struct {
 	PID     int       `json:"pid"`
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
-	Mode    string    `json:"mode"` // ModeBPF or ModeIPTables
+	Mode    string    `json:"mode"`           // ModeBPF or ModeIPTables
+	Node    string    `json:"node,omitempty"` // name of the Node object; empty: without Kubernetes
 
 	State4           SourceState             `json:"ipv4"`
 	State6           SourceState             `json:"ipv6"`

@@ -49,6 +49,9 @@ func (l *loop) policyFile(w wanted) PolicyFile {
 	f := newPolicyFile(w)
 	f.PID, f.Version, f.Started = l.agent.PID, l.agent.Version, l.agent.Started
 	f.Draining = l.changeover.draining()
+	if l.kube != nil {
+		f.Node = l.cfg.NodeName
+	}
 	if l.ipMasq != nil {
 		f.IPMasqAgent = l.ipMasq.status()
 	}

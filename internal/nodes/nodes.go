@@ -44,6 +44,7 @@ type Snapshot struct {
 	Nodes      []policy.NodeAddr
 	Known      int       // Node objects
 	Taints     []string  // keys of the taints of this node
+	Unranged   bool      // the Node object of this node is there, and has no pod ranges
 	Problem    string    // what is wrong with the Node object of this node
 	Rejected   []string  // what other Node objects say that can't be meant
 	LostEvents uint64    // Events that could not be sent

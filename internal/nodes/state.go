@@ -229,7 +229,7 @@ func (s *state) render() *Snapshot {
 	if n := rejected - maxRejected; n > 0 {
 		snap.Rejected = append(snap.Rejected, fmt.Sprintf("and %d more values of Node objects that can't be meant", n))
 	}
-	snap.Problem = s.problem(own)
+	snap.Problem, snap.Unranged = s.problem(own), own != nil && len(own.pods) == 0
 	return snap
 }
 
