@@ -228,3 +228,21 @@ func TestUptime(t *testing.T) {
 		}
 	}
 }
+
+func TestKubernetesText(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, c := range []struct {
+		k    *agent.KubernetesStatus
+		want string
+	}{
+		{nil, ""},
+		{&agent.KubernetesStatus{Node: "a"}, "node a   not synced since the start"},
+		{&agent.KubernetesStatus{Node: "a", Synced: true, Nodes: 1, LastSync: at}, "node a   synced, 1 node   last 2026-01-02T03:04:05Z"},
+		{&agent.KubernetesStatus{Node: "a", Synced: true, Nodes: 7, LastSync: at, Error: "connection\nrefused", ErrorSince: at},
+			"node a   synced, 7 nodes   last 2026-01-02T03:04:05Z\n  API server: connection refused (since 2026-01-02T03:04:05Z)"},
+	} {
+		if got := kubernetesText(c.k); got != c.want {
+			t.Errorf("%+v:\n%s\nwant:\n%s", c.k, got, c.want)
+		}
+	}
+}

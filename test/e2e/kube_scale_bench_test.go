@@ -65,6 +65,12 @@ func BenchmarkClusterOfNodes(b *testing.B) {
 				api.Put(nodestest.Node(fmt.Sprintf("new-%d", i), fmt.Sprintf("100.0.%d.0/24", i&255), fmt.Sprintf("InternalIP=10.99.%d.%d", i>>8&255, i&255)))
 			}
 		})
+		labtest.Eventually(b, time.Minute, func() error {
+			if st, err := n.readStatus(); err != nil || time.Since(st.Agent.LastApply) < 3*time.Second {
+				return fmt.Errorf("not at rest: %v", err)
+			}
+			return nil
+		})
 		changed := time.Now()
 		api.Put(nodestest.Node("last", "", "InternalIP=10.98.0.1"))
 		labtest.Eventually(b, 10*time.Second, func() error {
