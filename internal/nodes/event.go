@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/fnv"
+	"strings"
 	"sync"
 	"time"
 
@@ -82,7 +83,7 @@ func (c *Client) RunEvents(ctx context.Context) error {
 
 func (q *eventQueue) put(e Event) {
 	if len(e.Message) > maxMessage {
-		e.Message = e.Message[:maxMessage-3] + "..."
+		e.Message = strings.ToValidUTF8(e.Message[:maxMessage-3], "") + "..." // not half of a letter
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -34,7 +34,7 @@ func TestEventsReachTheServer(t *testing.T) {
 	for range 3 {
 		r.Event(Event{Warning: true, Reason: "ConfigInvalid", Message: "file f: bad"})
 	}
-	r.Event(Event{Reason: "ConfigApplied", Message: strings.Repeat("x", 5000)})
+	r.Event(Event{Reason: "ConfigApplied", Message: strings.Repeat("é", 5000)})
 	r.wait(func() bool { return len(r.api.Events()) == 2 })
 	r.Event(Event{Warning: true, Reason: "ConfigInvalid", Message: "file f: bad"})
 	r.wait(func() bool {
