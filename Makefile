@@ -6,7 +6,7 @@ ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: help build image chart generate check lint test test-cluster kernels fuzz bench demo ci ci-generated
+.PHONY: help build image chart generate check lint test test-cluster kernels fuzz bench demo ci ci-full ci-generated
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,3 +80,5 @@ bench: ## ns per packet of the programs (root)
 	go test -run '^$$' -bench . -benchtime 1x -count 5 -timeout 30m ./internal/datapath
 
 ci: lint test chart ci-generated ## what CI runs
+
+ci-full: ci test-cluster ## that, and a real Kubernetes

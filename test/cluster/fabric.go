@@ -166,8 +166,11 @@ func dialFrom(ns *lab.NS) talk.Dial {
 
 // attach connects a namespace to the bridge, with an eth0 and a default route.
 func (f *Fabric) attach(ns *lab.NS, addr lab.Pair) error {
-	port := fmt.Sprintf("p%d", addr.V4.As4()[3])
-	if err := lab.Link(f.NS, port, ns, "eth0", lab.LinkOpts{AddrsB: onLink(addr)}); err != nil {
+	number := addr.V4.As4()[3]
+	port := fmt.Sprintf("p%d", number)
+	// A machine has the address of its network card also after a reboot.
+	card := net.HardwareAddr{2, 0, 0, 0, 0, number}
+	if err := lab.Link(f.NS, port, ns, "eth0", lab.LinkOpts{AddrsB: onLink(addr), MACB: card}); err != nil {
 		return err
 	}
 	if err := f.NS.AddPort("br0", port); err != nil {

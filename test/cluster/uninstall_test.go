@@ -20,7 +20,7 @@ import (
 func traces(ctx context.Context, n *cluster.Node) (list []string, err error) {
 	for _, argv := range [][]string{
 		{"sh", "-c", "find /sys/fs/bpf -mindepth 1; ! test -e /run/bauta || find /run/bauta -mindepth 1"},
-		{"sh", "-c", "tc qdisc show; tc filter show dev eth0 ingress; tc filter show dev eth0 egress"},
+		{"sh", "-c", "tc qdisc show dev eth0; tc filter show dev eth0 ingress; tc filter show dev eth0 egress"},
 		{"sh", "-c", "for i in iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do $i-save | grep -i bauta; done; nft list tables; ipset list -n 2>/dev/null; true"},
 	} {
 		out, err := n.Run(ctx, argv...)
