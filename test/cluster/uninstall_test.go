@@ -52,8 +52,18 @@ func traces(ctx context.Context, n *cluster.Node) (list []string, err error) {
 // The release and the clean-up that its documentation names leave nodes as they
 // were before the installation.
 func TestUninstallLeavesNothing(t *testing.T) {
-	noLeak(t)
+	for mode, values := range map[string][]string{
+		"eBPF": nil, "iptables": {"bpf.masquerade=false"},
+	} {
+		t.Run(mode, func(t *testing.T) { leavesNothing(t, values) })
+	}
 	install(t)
+	TestWorldSeesTheNode(t)
+}
+
+func leavesNothing(t *testing.T, values []string) {
+	noLeak(t)
+	install(t, values...)
 	uninstall(t)
 	for i, n := range shared.Nodes() {
 		got, err := traces(t.Context(), n)
@@ -84,6 +94,4 @@ func TestUninstallLeavesNothing(t *testing.T) {
 			t.Errorf("%s that are left: %q, %v", kind, out, err)
 		}
 	}
-	install(t)
-	TestWorldSeesTheNode(t)
 }
