@@ -104,7 +104,7 @@ func run(m *testing.M) (code int, err error) {
 	select {
 	case code = <-ended:
 	case <-ctx.Done():
-		code, err = 1, errors.New("interrupted")
+		return 1, errors.Join(errors.New("interrupted"), shared.Close(false), before.Unchanged())
 	}
 	if code != 0 {
 		fmt.Fprintln(os.Stderr, shared.Logs())
