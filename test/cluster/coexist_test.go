@@ -3,6 +3,7 @@ package cluster_test
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -47,6 +48,22 @@ func runLines(t *testing.T, n *cluster.Node, commands string) {
 	}
 }
 
+// runIPMasqAgent writes the rules of ip-masq-agent on a node, until remove is called
+// or the test ends.
+func runIPMasqAgent(t *testing.T, n *cluster.Node) (remove func()) {
+	t.Helper()
+	runLines(t, n, "iptables-restore --noflush <<'.'\n"+ipMasqAgentRules+".\n")
+	remove = sync.OnceFunc(func() {
+		runLines(t, n, `
+iptables -t nat -S IP-MASQ-AGENT >/dev/null 2>&1 || exit 0
+iptables -t nat -D POSTROUTING -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT
+iptables -t nat -F IP-MASQ-AGENT
+iptables -t nat -X IP-MASQ-AGENT`)
+	})
+	t.Cleanup(remove)
+	return remove
+}
+
 // Beside a CNI plugin with ipMasq on one node, and kubernetes-sigs/ip-masq-agent on
 // the other: both translate before Bauta sees a packet. The outside sees the node
 // all the same, and the status names the rules, for as long as they are there.
@@ -73,14 +90,7 @@ func TestBesideOthers(t *testing.T) {
 		}
 	})
 	t.Cleanup(removePod)
-	runLines(t, other, "iptables-restore --noflush <<'.'\n"+ipMasqAgentRules+".\n")
-	removeRules := sync.OnceFunc(func() {
-		runLines(t, other, `
-iptables -t nat -D POSTROUTING -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT
-iptables -t nat -F IP-MASQ-AGENT
-iptables -t nat -X IP-MASQ-AGENT`)
-	})
-	t.Cleanup(removeRules)
+	removeRules := runIPMasqAgent(t, other)
 
 	warned(t, plugin, "CNI-", true)
 	warned(t, other, "IP-MASQ-AGENT", true)
@@ -96,4 +106,32 @@ iptables -t nat -X IP-MASQ-AGENT`)
 	warned(t, plugin, "CNI-", false)
 	warned(t, other, "IP-MASQ-AGENT", false)
 	t.Run("World again", TestWorldSeesTheNode)
+}
+
+// A cluster that ip-masq-agent masquerades changes to Bauta under load: no connection
+// breaks, and the rules are gone.
+func TestTakeOverFromIPMasqAgent(t *testing.T) {
+	noLeak(t)
+	install(t)
+	uninstall(t)
+	cleanUp(t)
+	var l load
+	for i, n := range shared.Nodes() {
+		runIPMasqAgent(t, n)
+		l = append(l, hold(t, podOn[i], netip.AddrPortFrom(cluster.World.V4, cluster.EchoPort), n.Addr.V4))
+	}
+	l.alive(t)
+	install(t, "takeOver=IP-MASQ-AGENT")
+	for _, n := range shared.Nodes() {
+		wait(t, time.Minute, func() error {
+			rules, err := n.Run(t.Context(), "iptables-save", "-t", "nat")
+			if err == nil && strings.Contains(rules, "IP-MASQ-AGENT") {
+				err = fmt.Errorf("%s still has the rules of ip-masq-agent:\n%s", n.Name, rules)
+			}
+			return err
+		})
+	}
+	l.alive(t)
+	install(t) // what is taken over need not be named any more
+	l.unharmed(t)
 }

@@ -45,6 +45,7 @@ func startLoad(t *testing.T, nodes ...int) load {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { h.Stop() })
 		l = append(l, flowSet{
 			"the outside to " + to.String(),
 			func() (talk.Report, error) { return h.Report(), nil },
@@ -52,11 +53,6 @@ func startLoad(t *testing.T, nodes ...int) load {
 			cluster.Gateway.V4,
 		})
 	}
-	t.Cleanup(func() { // of a test that failed
-		for _, f := range l {
-			f.release()
-		}
-	})
 	return l
 }
 
@@ -67,6 +63,7 @@ func hold(t *testing.T, p *cluster.Pod, to netip.AddrPort, want netip.Addr) flow
 		t.Fatal(err)
 	}
 	ctx := context.WithoutCancel(t.Context())
+	t.Cleanup(func() { p.Release(ctx, name) }) // there is none unless the test has failed
 	return flowSet{
 		fmt.Sprintf("%s to %s", p.Name, to),
 		func() (talk.Report, error) { return p.Held(ctx, name) },

@@ -61,6 +61,13 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	TestWorldSeesTheNode(t)
 }
 
+// cleanUp removes what a release left that was uninstalled, as its documentation says.
+func cleanUp(t *testing.T) {
+	t.Helper()
+	install(t, "cleanup.enabled=true")
+	uninstall(t)
+}
+
 func leavesNothing(t *testing.T, values []string) {
 	noLeak(t)
 	install(t, values...)
@@ -77,8 +84,7 @@ func leavesNothing(t *testing.T, values []string) {
 	// What masquerades without an agent goes on until it is removed.
 	TestWorldSeesTheNode(t)
 
-	install(t, "cleanup.enabled=true")
-	uninstall(t)
+	cleanUp(t)
 	for i, n := range shared.Nodes() {
 		wait(t, 10*time.Second, func() error {
 			got, err := traces(t.Context(), n)
