@@ -58,7 +58,7 @@ ci-generated: generate ## proves that the committed objects are what the sources
 	git diff --exit-code -- internal/datapath docs
 
 # What differs with another CNI plugin and another mode of kube-proxy.
-CLUSTER_VARIANT = TestNodesAreReady|TestWorld|TestInside|TestHost|TestClusterIP|TestNodePort|TestModes|TestBesideOthers|TestAgentKilled|TestNodeRebooted
+CLUSTER_VARIANT = TestNodesAreReady|TestWorld|TestInside|TestHost|TestClusterIP|TestNodePort|TestModes|TestAgentKilled|TestNodeRebooted
 test-cluster: ## a real Kubernetes with two nodes and the chart, in two variants (root; 10 minutes, the first time 10 more)
 	@tools/need image
 	@tools/need cluster

@@ -103,8 +103,12 @@ func sweepCgroups() error {
 		errs = append(errs, err)
 		for _, dir := range left {
 			var pid int
-			if _, err := fmt.Sscanf(filepath.Base(dir), namePrefix+"%d-", &pid); err == nil && !alive(pid) {
-				errs = append(errs, removeTree(dir))
+			if _, err := fmt.Sscanf(filepath.Base(dir), namePrefix+"%d-", &pid); err != nil || alive(pid) {
+				continue
+			}
+			// Busy is one that is used all the same, from another PID namespace.
+			if err := removeTree(dir); !errors.Is(err, unix.EBUSY) {
+				errs = append(errs, err)
 			}
 		}
 	}
