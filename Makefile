@@ -2,7 +2,7 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOFLAGS_BUILD = -trimpath -ldflags "-s -w -X bauta.dev/bauta/internal/cli.version=$(VERSION)"
 # The packages whose tests need root and a kernel; all others are unprivileged.
-ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/... ./internal/iptables/... ./internal/lab/... ./internal/demo/... ./test/e2e ./test/kernels/...
+ROOT_PACKAGES = ./internal/agent/... ./internal/datapath/... ./internal/devices/... ./internal/iptables/... ./internal/lab/... ./internal/demo/... $$(go list ./test/... | grep -v /test/cluster)
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
