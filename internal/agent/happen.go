@@ -135,15 +135,13 @@ func (l *loop) countNoPort() {
 	l.tell(now)
 }
 
-// liftTaint asks for the start-up taint to be removed while the node has it and is ready.
-func (l *loop) liftTaint() {
-	switch {
-	case l.cfg.StartupTaint == "" || l.kube == nil || !l.agent.Ready || l.agent.Error != "":
+// liftTaint asks for the start-up taint to be removed while the node has it and is ready, by
+// what /readyz says: a policy alone masquerades nothing while there is no device.
+func (l *loop) liftTaint(v *view) {
+	if l.cfg.StartupTaint == "" || l.kube == nil || !slices.Contains(l.kube.Snapshot().Taints, l.cfg.StartupTaint) {
 		return
-	case (l.cfg.IPv4 || l.cfg.IPv6) && !onSome(l.kernel.Attached(), l.wanted.input.Devices):
-		return // with no device at all a policy is in force, but nothing is masqueraded
 	}
-	if slices.Contains(l.kube.Snapshot().Taints, l.cfg.StartupTaint) {
+	if len(v.health(time.Now()).Unready()) == 0 {
 		l.signals.taint.put()
 	}
 }
@@ -159,6 +157,10 @@ func (l *loop) taintLifter(ctx context.Context, lift func(context.Context, strin
 		case <-l.signals.taint:
 		}
 		for pause := first; ; pause = min(2*pause, longest) {
+			select { // told again while it was waited: this try is for that too
+			case <-l.signals.taint:
+			default:
+			}
 			ask, cancel := context.WithTimeout(ctx, patience)
 			err := lift(ask, l.cfg.StartupTaint)
 			cancel()

@@ -149,3 +149,31 @@ func TestStartupTaint(t *testing.T) {
 		}
 	})
 }
+
+// A policy without a device masquerades nothing: what pods sent would leave as it is.
+func TestStartupTaintWaitsForADevice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const key = "node.bauta.dev/agent-not-ready"
+		b := newKubeBench(t, "k8s-startup-taint="+key, "devices=eth9")
+		b.run(t, func() {
+			b.tell(func(s *nodes.Snapshot) { members(1)(s); s.Taints = []string{key} })
+			after(time.Minute)
+			if unready := b.published.Load().health(time.Now()).Unready(); len(unready) == 0 {
+				t.Error("ready without a device")
+			}
+			select {
+			case <-b.signals.taint:
+				t.Error("lifted without a device")
+			default:
+			}
+			b.set(func() { b.network = device(b.network, 9, "eth9", "198.51.100.9/24") })
+			b.signals.network.put()
+			after(time.Second)
+			select {
+			case <-b.signals.taint:
+			default:
+				t.Errorf("not lifted: %v", b.published.Load().health(time.Now()).Unready())
+			}
+		})
+	})
+}

@@ -38,7 +38,7 @@ func (l *loop) publish() {
 	l.logWarnings(v.warnings)
 	if l.attempted {
 		l.tell(momentOf(v, l.foreign.warnings))
-		l.liftTaint()
+		l.liftTaint(v)
 	}
 	if text := v.summary(); before == nil || before.summary() != text {
 		l.systemd.status(text)
