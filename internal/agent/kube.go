@@ -26,7 +26,7 @@ const nodeOrigin = "node "
 // readKube takes what the cluster says. Until that is known, and where its Node object has
 // no pod ranges, what the last run had in force stays.
 func (l *loop) readKube() {
-	snap, before := l.kube.Snapshot(), l.earlier.kube()
+	snap, before := l.kube.Snapshot(), l.earlier.kube(l.cfg.NodeName, l.cfg.IPv4, l.cfg.IPv6 && !l.facts.noIPv6)
 	was := l.facts.kube
 	l.facts.kube = kubeFacts{known: snap.Synced || before.known, own: snap.Own, pods: snap.Pods, nodes: snap.Nodes}
 	if !snap.Synced {
@@ -70,24 +70,27 @@ type kubeFacts struct {
 	nodes []policy.NodeAddr
 }
 
-// kube is what an agent before this one knew of the cluster.
-func (e earlier) kube() kubeFacts {
-	var k kubeFacts
-	if !e.applied || e.file == nil || e.file.Node == "" {
+// kube is what an agent before this one knew of the cluster, if it was the agent of this node
+// and had an eye on each family that is on now. A file of another node has this node's range
+// among those of others.
+func (e earlier) kube(node string, ipv4, ipv6 bool) (k kubeFacts) {
+	f := e.file
+	if !e.applied || f == nil || f.Node == "" || f.Node != node ||
+		ipv4 && f.State4 == SourcesOff || ipv6 && f.State6 == SourcesOff {
 		return k
 	}
 	k.known = true
-	for _, r := range e.file.Sources {
+	for _, r := range f.Sources {
 		if strings.HasPrefix(r.Origin, nodeOrigin) {
 			k.own = append(k.own, r.Prefix)
 		}
 	}
-	for _, n := range e.file.Nodes {
+	for _, n := range f.Nodes {
 		if strings.HasPrefix(n.Origin, nodeOrigin) {
 			k.nodes = append(k.nodes, n)
 		}
 	}
-	k.pods = e.file.Pods
+	k.pods = f.Pods
 	return k
 }
 

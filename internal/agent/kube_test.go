@@ -173,27 +173,49 @@ func TestLoopRestoresTheCluster(t *testing.T) {
 	})
 }
 
-// Also where Node objects have no ranges, because a network plugin has them.
-func TestLoopRestoresWithoutRanges(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newKubeBench(t)
-		b.cfg.PodCIDRs = []policy.Rule{{Prefix: netip.MustParsePrefix("10.7.0.0/16"), Origin: "option pod-cidrs"}}
-		b.earlier = earlier{applied: true, file: &PolicyFile{Node: "a", Sources: b.cfg.PodCIDRs}}
-		if got := b.run(t, func() { after(time.Second) }); len(applies(got)) != 1 {
-			t.Error(got)
-		}
-	})
-}
-
-// An agent that ran without Kubernetes left nothing of a cluster.
-func TestNothingToRestore(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newKubeBench(t)
-		b.earlier = earlier{applied: true, file: &PolicyFile{Sources: []policy.Rule{{Prefix: netip.MustParsePrefix("10.9.0.0/16"), Origin: "option pod-cidrs"}}}}
-		if got := b.run(t, func() { after(time.Second) }); strings.Contains(got, "apply") {
-			t.Error(got)
-		}
-	})
+// Only an agent of this node that had to do with each family left something of the cluster.
+func TestWhatIsRestored(t *testing.T) {
+	const own, given = "10.1.0.0/16 (node a)", "10.9.0.0/16 (option pod-cidrs)"
+	for _, c := range []struct {
+		name    string
+		file    PolicyFile
+		sources []string
+		want    string
+	}{
+		{"this node", PolicyFile{Node: "a"}, []string{own}, own},
+		{"this node, without a range of its own", PolicyFile{Node: "a"}, []string{given}, given},
+		{"without Kubernetes", PolicyFile{}, []string{given}, "waits"},
+		{"another node", PolicyFile{Node: "b"}, []string{"10.2.1.0/24 (node b)"}, "waits"},
+		{"IPv4 was off", PolicyFile{Node: "a", State4: SourcesOff}, nil, "waits"},
+		{"IPv6 was off", PolicyFile{Node: "a", State6: SourcesOff}, []string{own}, "waits"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newKubeBench(t)
+				for _, text := range c.sources {
+					prefix, origin, _ := strings.Cut(strings.TrimSuffix(text, ")"), " (")
+					r := policy.Rule{Prefix: netip.MustParsePrefix(prefix), Origin: origin}
+					c.file.Sources = append(c.file.Sources, r)
+					if strings.HasPrefix(origin, "option") {
+						b.cfg.PodCIDRs = []policy.Rule{r}
+					}
+				}
+				c.file.Pods = []policy.Rule{pod(1)}
+				b.earlier = earlier{applied: true, file: &c.file}
+				b.run(t, func() {
+					after(time.Second)
+					s := b.view()
+					got := rules(s.Sources.IPv4.Ranges)
+					if s.Agent.Waiting != "" {
+						got = "waits"
+					}
+					if got != c.want {
+						t.Errorf("%s, want %s", got, c.want)
+					}
+				})
+			})
+		})
+	}
 }
 
 // Much news is few applies, and what is of no use is none.
