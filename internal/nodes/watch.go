@@ -258,7 +258,7 @@ func (f *follower) watch(ctx context.Context) error {
 			return err
 		}
 	}
-	return f.goOn(ctx, w, quiet)
+	return f.goOn(ctx, w, quiet, initial)
 }
 
 // begin collects what there is until the server says that this was all.
@@ -273,7 +273,8 @@ func (f *follower) begin(ctx context.Context, w watch.Interface, quiet *deadline
 		}
 		if err != nil {
 			err = fmt.Errorf("list nodes: %w", cause(ctx, err))
-			if errors.Is(err, errStalled) && len(list) > 0 { // that was all, but nobody says so
+			if errors.Is(err, errStalled) && len(list) > 0 || // that was all, but nobody says so
+				e.Type == watch.Error && apierrors.IsInternalError(err) { // of an etcd that can't tell how far it is
 				err = fmt.Errorf("%w: %w", errNoStream, err)
 			}
 			return err
@@ -292,8 +293,10 @@ func (f *follower) begin(ctx context.Context, w watch.Interface, quiet *deadline
 	}
 }
 
-// goOn follows events until the watch ends.
-func (f *follower) goOn(ctx context.Context, w watch.Interface, quiet *deadline) error {
+// goOn follows events until the watch ends. One without a word may be of a cluster in which
+// nothing happens, or dead, or of a server with another history, which has not come to our version yet.
+// If it was not begun with a list, the next one is.
+func (f *follower) goOn(ctx context.Context, w watch.Interface, quiet *deadline, heard bool) error {
 	settled := time.NewTimer(f.timing.settle)
 	defer settled.Stop()
 	quiet.put(f.timing.quiet)
@@ -303,15 +306,19 @@ func (f *follower) goOn(ctx context.Context, w watch.Interface, quiet *deadline)
 			f.settled = true
 			f.state.heard()
 		case e, ok := <-w.ResultChan():
+			if errors.Is(context.Cause(ctx), errStalled) {
+				f.listed = heard
+				return nil
+			}
 			if !ok {
-				return cause(ctx, nil)
+				return nil
 			}
 			n, err := f.object(e)
 			if err != nil {
-				return fmt.Errorf("watch nodes: %w", cause(ctx, err))
+				return fmt.Errorf("watch nodes: %w", err)
 			}
 			quiet.put(f.timing.quiet)
-			f.settled = true
+			f.settled, heard = true, true
 			f.apply(e.Type, n)
 		}
 	}

@@ -113,9 +113,19 @@ func TestGone(t *testing.T) {
 	}
 }
 
-// A server with another, shorter history is believed, not waited for.
+// Whose API server can't begin a watch with what there is, for whatever reason, lists.
+func TestNoInitialEventsForNow(t *testing.T) {
+	r := newRig(t, nodeA, nodeB)
+	r.api.SetFault(nodestest.InternalEvent)
+	r.start()
+	r.awaitText(onlyB)
+}
+
+// A server with another, shorter history is believed, not waited for. It does not refuse a watch
+// from a version that it has not reached: it says nothing, not even a bookmark.
 func TestRestoredFromAnOldCopy(t *testing.T) {
 	r := newRig(t, nodeA, nodeB)
+	r.Client.timing.quiet = 200 * time.Millisecond
 	r.start()
 	r.awaitText(onlyB)
 	r.api.SetFault(nodestest.Status(apierrors.NewServiceUnavailable("away")))

@@ -99,6 +99,18 @@ func Stall(_ http.ResponseWriter, r *http.Request) bool {
 // bookmarkEvery is what kube-apiserver does.
 const bookmarkEvery = time.Minute
 
+// InternalEvent is a fault: a watch that is to begin with what there is begins, and ends with an error,
+// as that of an API server whose etcd can't tell how far it is.
+func InternalEvent(w http.ResponseWriter, r *http.Request) bool {
+	if r.URL.Query().Get("sendInitialEvents") != "true" {
+		return false
+	}
+	status := apierrors.NewInternalError(errors.New("RequestWatchProgress is disabled")).Status()
+	w.Header().Set("Content-Type", protobufType+";stream=watch")
+	w.Write(frame(watch.Error, encode("Status", &status)))
+	return true
+}
+
 // watch sends what happens after a version, or first all that there is.
 func (s *Server) watch(w http.ResponseWriter, r *http.Request, cut <-chan struct{}) {
 	q := r.URL.Query()
@@ -116,7 +128,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, cut <-chan struct
 	case initial && s.NoInitialEvents:
 		fail(w, r, apierrors.NewInvalid(metav1.SchemeGroupVersion.WithKind("ListOptions").GroupKind(), "", nil))
 		return
-	case from > now:
+	case initial && from > now: // any other watch is silent until there is something newer
 		err := apierrors.NewTimeoutError("Too large resource version", 1)
 		err.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: metav1.CauseTypeResourceVersionTooLarge}}
 		fail(w, r, err)
@@ -158,8 +170,10 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, cut <-chan struct
 		select {
 		case <-news:
 		case <-marks.C:
-			w.Write(bookmark(s.head(), nil))
-			flush.Flush()
+			if head := s.head(); head > from {
+				w.Write(bookmark(head, nil))
+				flush.Flush()
+			}
 		case <-expire:
 			w.Write(frame(watch.Error, encode("Status", expired())))
 			return
