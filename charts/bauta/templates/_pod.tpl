@@ -18,7 +18,7 @@ nodeSelector:
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.tolerations }}
+{{- with include "bauta.tolerations" . | fromYamlArray }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -30,6 +30,16 @@ securityContext:
   seLinuxOptions:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+{{- end }}
+
+{{/* Those given, and the start-up taint: on a node that it keeps the agent from it would stay for ever. */}}
+{{- define "bauta.tolerations" -}}
+{{- $list := .Values.tolerations | default list -}}
+{{- $all := dict "operator" "Exists" -}}
+{{- if and .Values.startupTaint.enabled (not (has $all $list)) -}}
+{{- $list = append $list (dict "key" .Values.startupTaint.key "operator" "Exists") -}}
+{{- end -}}
+{{- toYaml $list -}}
 {{- end }}
 
 {{- define "bauta.container" -}}
