@@ -147,7 +147,7 @@ func (l *loop) watchFiles(ctx context.Context, group *errgroup.Group, log *slog.
 // agent left, of either mode. A data plane of the other mode is taken over from: see
 // changeover.
 func (l *loop) open(ctx context.Context, root string, kube *nodes.Client, log *slog.Logger) error {
-	own, err := ownSources(ctx, l.cfg, kube)
+	own, err := ownSources(ctx, l.cfg, kube, l.runDir)
 	if err != nil {
 		return err
 	}

@@ -49,14 +49,18 @@ func (l *loop) readKube() {
 const ownTimeout = 30 * time.Second
 
 // ownSources asks for the pod ranges of this node where a take-over has to know them at once.
-func ownSources(ctx context.Context, cfg config.Config, kube *nodes.Client) ([]policy.Rule, error) {
+// While the API server is away those of the last run do: what it took over is gone.
+func ownSources(ctx context.Context, cfg config.Config, kube *nodes.Client, runDir string) ([]policy.Rule, error) {
 	if kube == nil || cfg.TakeOver == "" {
 		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, ownTimeout)
 	defer cancel()
 	own, err := kube.Own(ctx)
-	if err != nil && len(cfg.PodCIDRs) == 0 {
+	if file, fileErr := ReadPolicyFile(runDir); err != nil && fileErr == nil {
+		own = earlier{applied: true, file: &file}.kube(cfg.NodeName, cfg.IPv4, cfg.IPv6 && hasIPv6()).own
+	}
+	if err != nil && len(own) == 0 && len(cfg.PodCIDRs) == 0 {
 		return nil, advice.New(fmt.Errorf("take-over: the pod ranges of this node: %w", err), "give them with pod-cidrs, or try again when the API server answers")
 	}
 	return ownRules(cfg, kubeFacts{own: own}), nil

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -182,4 +183,23 @@ func TestAgentWithoutAPIServer(t *testing.T) {
 			stop(unix.SIGTERM)
 		})
 	}
+}
+
+// An agent that is told to take over what it took over long ago starts without the API server.
+func TestTakenOverWithoutAPIServer(t *testing.T) {
+	n := newKubeNode(t)
+	n.Flags["take-over"] = "IP-MASQ-AGENT"
+	n.api.Put(nodestest.Node(ownName, "10.0.1.0/24,fd00:1::/64", "InternalIP="+n.NodeAddr.V4.String()))
+	for _, args := range []string{"-N IP-MASQ-AGENT", "-A POSTROUTING -j IP-MASQ-AGENT", "-A IP-MASQ-AGENT -j MASQUERADE"} {
+		if out, err := n.Node.Run(t.Context(), labtest.Tool(t, "iptables"), append([]string{"-t", "nat"}, strings.Fields(args)...)...); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	_, stop := n.start(t)
+	n.await(t, 20*time.Second, healthyStatus)
+	stop(unix.SIGTERM)
+	n.away()
+	_, stop = n.start(t)
+	n.await(t, 20*time.Second, healthyStatus)
+	stop(unix.SIGTERM)
 }

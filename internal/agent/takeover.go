@@ -157,12 +157,12 @@ func PlanTakeOver(ctx context.Context, opt Options) (plan TakeOverPlan, err erro
 	if err != nil {
 		return plan, err
 	}
-	own, err := ownSources(ctx, cfg, kube)
+	root, runDir := orDefault(opt.BPFRoot, DefaultBPFRoot), orDefault(opt.RunDir, DefaultRunDir)
+	own, err := ownSources(ctx, cfg, kube, runDir)
 	if err != nil {
 		return plan, err
 	}
 	plan = TakeOverPlan{Name: cfg.TakeOver, Mode: modeOf(cfg.BPF)}
-	root, runDir := orDefault(opt.BPFRoot, DefaultBPFRoot), orDefault(opt.RunDir, DefaultRunDir)
 	t, err := findTakeOver(ctx, cfg, own, root, runDir, log)
 	if err != nil || t == nil {
 		return plan, err
