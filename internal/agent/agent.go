@@ -20,6 +20,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -181,6 +182,11 @@ func (l *loop) openPrograms(ctx context.Context, root string, log *slog.Logger) 
 	if err != nil && !isNone(err) {
 		return fmt.Errorf("look for iptables mode: %w", err)
 	}
+	if err != nil {
+		if err := l.outOfSight(unseen(ctx)); err != nil {
+			return err
+		}
+	}
 	kernel, openErr := openDatapath(datapath.Options{
 		Root: root, Flows: l.cfg.MaxFlows, DefaultFlows: l.cfg.Flows(memory()),
 		AllowPrivateBPFFS: l.cfg.AllowPrivateBPFFS, Sentinel: l.cfg.LeakSentinel, Log: log,
@@ -207,6 +213,19 @@ func (l *loop) openPrograms(ctx context.Context, root string, log *slog.Logger) 
 		l.changeover.taking = l.taking
 	}
 	return nil
+}
+
+// outOfSight refuses to attach programs behind rules of iptables mode that nothing here can show:
+// those would go on masquerading first, by the last list, and nobody would know. hidden says
+// which can't be shown.
+func (l *loop) outOfSight(hidden []string) error {
+	file, err := ReadPolicyFile(l.runDir)
+	if err != nil || file.Mode != ModeIPTables || len(hidden) == 0 {
+		return nil
+	}
+	return advice.New(fmt.Errorf("iptables mode was in force on this node: %s", strings.Join(hidden, "; ")),
+		"install the package iptables, or take the image's iptables variant, until nothing drains any more (in the chart: image.variant=iptables)",
+		"or stay in iptables mode: enable-bpf-masquerade=false")
 }
 
 func (l *loop) openRules(ctx context.Context, root string, log *slog.Logger) error {

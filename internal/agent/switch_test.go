@@ -194,3 +194,27 @@ func TestSwitchTellsOfSCTP(t *testing.T) {
 		t.Errorf("%d stuck, want 1; %v", stuck, err)
 	}
 }
+
+// Rules of iptables mode that can't be seen are not there only where that mode never was.
+func TestSwitchFromRulesOutOfSight(t *testing.T) {
+	for _, c := range []struct {
+		mode   string
+		hidden []string
+		want   bool
+	}{
+		{ModeIPTables, []string{"iptables is not installed: rules of iptables mode were not looked for"}, true},
+		{ModeIPTables, nil, false}, // gone, by reboot or cleanup
+		{ModeBPF, []string{"iptables is not installed"}, false},
+		{"", []string{"iptables is not installed"}, false},
+	} {
+		l := &loop{runDir: t.TempDir()}
+		if c.mode != "" {
+			if err := (PolicyFile{Format: policyFormat, Mode: c.mode}).write(l.runDir); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := l.outOfSight(c.hidden); (err != nil) != c.want {
+			t.Errorf("%q, %q: %v", c.mode, c.hidden, err)
+		}
+	}
+}
