@@ -102,7 +102,7 @@ func TestNotesWarn(t *testing.T) {
 		{"takeOver=IP-MASQ-AGENT", "NOTE: takeOver: "},
 		{"startupTaint.enabled=true", "NOTE: startupTaint: nodes have to register with node.bauta.dev/agent-not-ready:NoSchedule"},
 		{"existingConfigDirConfigMap=cilium-config", "NOTE: existingConfigDirConfigMap: a change of cilium-config takes effect when the pods are replaced"},
-		{"resources.limits.memory=1Gi", "NOTE: resources.limits.memory: "},
+		{"resources.limits.memory=1Gi,bpf.natMax=2097152", "NOTE: resources.limits.memory: "},
 		{"image.variant=iptables,image.digest=sha256:" + strings.Repeat("0", 64), "NOTE: image.digest has to be that of the iptables variant."},
 		{"prometheus.rules.enabled=true", "NOTE: prometheus.rules and prometheus.dashboard show nothing"},
 	} {

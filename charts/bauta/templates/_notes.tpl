@@ -33,8 +33,8 @@
 {{- if $v.existingConfigDirConfigMap -}}
 {{- $notes = append $notes (printf "existingConfigDirConfigMap: a change of %s takes effect when the pods are replaced: kubectl -n %s rollout restart daemonset/bauta" $v.existingConfigDirConfigMap .Release.Namespace) -}}
 {{- end -}}
-{{- if and (dig "limits" "memory" "" $v.resources) $v.bpf.masquerade -}}
-{{- $notes = append $notes "resources.limits.memory: the tables of the data plane count as memory of the container, up to 560 MiB with bpf.natMax empty. Below that the agent can't make them." -}}
+{{- if and (dig "limits" "memory" "" $v.resources) $v.bpf.masquerade $v.bpf.natMax -}}
+{{- $notes = append $notes "resources.limits.memory: the tables of the data plane count as memory of the container, up to 560 bytes an entry of bpf.natMax. With a lower limit the agent can't make them. With bpf.natMax empty their size follows the limit." -}}
 {{- end -}}
 {{- if and $v.image.digest (include "bauta.iptables" .) -}}
 {{- $notes = append $notes "image.digest has to be that of the iptables variant." -}}
