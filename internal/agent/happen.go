@@ -109,7 +109,7 @@ func (l *loop) tell(now moment) {
 
 // countNoPort reads how many packets found no port. In iptables mode nobody counts them.
 func (l *loop) countNoPort() {
-	if l.event == nil {
+	if l.event == nil || !l.cfg.BPF { // a look at rules takes programs and the lock
 		return
 	}
 	k, err := l.inspect()
