@@ -89,20 +89,31 @@ func checkBPFRoot(root string) error {
 // withoutAgent returns nil when no agent serves the run directory. force ends one.
 func (a *app) withoutAgent(ctx context.Context, force bool) error {
 	pid, running := agentPID(filepath.Join(a.runDir, "agent.sock"))
-	switch {
-	case !running:
+	if !running {
 		return nil
-	case !force:
-		return advice.New(fmt.Errorf("cleanup: an agent runs here (pid %d, run directory %s)", pid, a.runDir),
-			fmt.Sprintf("stop it first: systemctl stop bauta, or kill %d", pid), "bauta cleanup --force ends it")
-	case pid == 0:
-		return advice.New(errors.New("cleanup: the agent runs in another PID namespace and can't be ended from here"), "stop its container")
+	}
+	if err := inTheWay(pid, a.runDir, force); err != nil {
+		return err
 	}
 	if err := a.printf("Ending the agent (pid %d)\n", pid); err != nil {
 		return err
 	}
 	if err := endProcess(ctx, pid); err != nil {
 		return fmt.Errorf("end agent, pid %d: %w", pid, err)
+	}
+	return nil
+}
+
+// inTheWay is why an agent that runs is not ended. To kill process 0 would be to kill the group of
+// who does it.
+func inTheWay(pid int, runDir string, force bool) error {
+	switch {
+	case pid == 0:
+		return advice.New(fmt.Errorf("cleanup: an agent runs here (run directory %s), in another PID namespace: it can't be ended from here", runDir),
+			"stop its container first; in Kubernetes: helm uninstall the release with the agent")
+	case !force:
+		return advice.New(fmt.Errorf("cleanup: an agent runs here (pid %d, run directory %s)", pid, runDir),
+			fmt.Sprintf("stop it first: systemctl stop bauta, or kill %d", pid), "bauta cleanup --force ends it")
 	}
 	return nil
 }

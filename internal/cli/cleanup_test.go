@@ -6,7 +6,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 func TestRemoveRunFiles(t *testing.T) {
@@ -72,5 +75,24 @@ func TestEndProcess(t *testing.T) {
 	<-waited
 	if err := endProcess(t.Context(), c.Process.Pid); err != nil {
 		t.Errorf("of one that is gone: %v", err)
+	}
+}
+
+// An agent of a container, seen from another one, has no number that could be killed.
+func TestAgentInTheWay(t *testing.T) {
+	for _, c := range []struct {
+		pid        int
+		force      bool
+		want, hint string
+	}{
+		{7, true, "", ""},
+		{7, false, "cleanup: an agent runs here (pid 7, run directory /r)", "stop it first: systemctl stop bauta, or kill 7"},
+		{0, false, "cleanup: an agent runs here (run directory /r), in another PID namespace: it can't be ended from here", "stop its container first"},
+		{0, true, "cleanup: an agent runs here (run directory /r), in another PID namespace: it can't be ended from here", "stop its container first"},
+	} {
+		err := inTheWay(c.pid, "/r", c.force)
+		if hints := strings.Join(advice.Of(err), "; "); (err != nil) != (c.want != "") || err != nil && err.Error() != c.want || !strings.HasPrefix(hints, c.hint) || strings.Contains(hints, "kill 0") {
+			t.Errorf("%+v: %v; %s", c, err, hints)
+		}
 	}
 }
