@@ -3,6 +3,8 @@ package agent
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -297,4 +299,22 @@ func TestTunnelWarning(t *testing.T) {
 			t.Errorf("%s %v: %q, want %q", c.options, c.s.Routes[0], got, c.want)
 		}
 	}
+}
+
+// Who deletes policy.json does not take from the next agent what is known of the cluster.
+func TestLoopWritesALostPolicyFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newKubeBench(t)
+		b.run(t, func() {
+			b.tell(members(1))
+			after(time.Second)
+			if err := os.Remove(filepath.Join(b.runDir, policyFileName)); err != nil {
+				t.Fatal(err)
+			}
+			after(time.Minute)
+			if f, err := ReadPolicyFile(b.runDir); err != nil || f.Node != "a" || len(f.Pods) != 1 {
+				t.Errorf("%+v, %v", f, err)
+			}
+		})
+	})
 }

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -63,7 +65,8 @@ func (l *loop) policyFile(w wanted) PolicyFile {
 
 func (l *loop) write(f *PolicyFile) {
 	f.Written = l.written.Written
-	if l.writeErr == nil && f.same(l.written) {
+	_, gone := os.Stat(filepath.Join(l.runDir, policyFileName)) // the next agent needs it
+	if gone == nil && l.writeErr == nil && f.same(l.written) {
 		return
 	}
 	f.Written = time.Now()
