@@ -64,7 +64,7 @@ test-cluster: ## a real Kubernetes with two nodes and the chart, in two variants
 	@tools/need cluster
 	test/cluster/kube/build
 	tools/helm/build
-	go test -count=1 -timeout 15m ./test/cluster
+	go test -count=1 -timeout 15m ./test/cluster/...
 	go test -count=1 -timeout 10m -run '$(CLUSTER_VARIANT)' ./test/cluster -args -cni bridge -proxy nftables
 
 kernels: ## program and lab suites, the demo and some of e2e on 5.10, 6.1, 6.12 and the newest kernel in QEMU (root, up to 50 minutes)

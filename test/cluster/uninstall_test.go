@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/test/cluster"
 )
 
@@ -100,4 +102,26 @@ func leavesNothing(t *testing.T, values []string) {
 			t.Errorf("%s that are left: %q, %v", kind, out, err)
 		}
 	}
+}
+
+// The proof that these tests can fail: without Bauta a pod is not answered, and the
+// outside has seen its address.
+func TestWithoutBautaPodsLeak(t *testing.T) {
+	install(t)
+	uninstall(t)
+	cleanUp(t)
+	both(t, func(t *testing.T, of func(lab.Pair) netip.Addr) {
+		before, err := shared.Fabric.Leaks()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a, err := podOn[0].Ask(t.Context(), "tcp", echo(of(cluster.World), "tcp")); err == nil {
+			t.Errorf("the outside answered, and saw %s", a.Source)
+		}
+		after, err := shared.Fabric.Leaks()
+		if err != nil || after <= before {
+			t.Errorf("%d leaks were seen, then %d: %v", before, after, err)
+		}
+	})
+	install(t)
 }
