@@ -15,7 +15,8 @@ import (
 // namespace of the calling thread. What is for the node itself goes by the loopback. First it
 // asks as for a packet that came from where src is, for rules that route by source or by
 // device; a node that does not forward, or does not take src from there, has no such route,
-// and the one of its own packets is the answer.
+// and the one of its own packets is the answer. So it is for multicast and broadcast: the
+// kernel says only that the node takes its share of them.
 func Egress(src, dst netip.Addr) (index int, err error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -37,7 +38,7 @@ func Egress(src, dst netip.Addr) (index int, err error) {
 		if from.Type != unix.RTN_LOCAL {
 			opt.IifIndex = from.LinkIndex
 		}
-		if r, err := get(dst, opt); err == nil {
+		if r, err := get(dst, opt); err == nil && (r.LinkIndex != loopback || r.Type == unix.RTN_LOCAL) {
 			return leavesBy(r), nil
 		}
 	}
@@ -51,10 +52,11 @@ func Egress(src, dst netip.Addr) (index int, err error) {
 	return leavesBy(r), nil
 }
 
+const loopback = 1 // in every network namespace
+
 // leavesBy is the device of a route. That of an IPv6 address of the node names the device that
 // has the address.
 func leavesBy(r netlink.Route) int {
-	const loopback = 1 // in every network namespace
 	if r.Type == unix.RTN_LOCAL {
 		return loopback
 	}

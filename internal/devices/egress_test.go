@@ -26,6 +26,7 @@ func TestEgress(t *testing.T) {
 	must(t, netlink.AddrAdd(eth1, &netlink.Addr{IPNet: ipNet("10.0.1.1/24")}))
 	must(t, netlink.RouteAdd(&netlink.Route{Dst: ipNet("198.51.100.0/24"), Gw: ipNet("192.0.2.9/32").IP}))
 	must(t, netlink.RouteAdd(&netlink.Route{Dst: ipNet("203.0.113.0/24"), Type: unix.RTN_UNREACHABLE}))
+	must(t, netlink.RouteAdd(&netlink.Route{Dst: ipNet("224.0.0.0/4"), LinkIndex: eth0.Attrs().Index}))
 	for _, c := range []struct {
 		src, dst string
 		want     netlink.Link
@@ -35,6 +36,8 @@ func TestEgress(t *testing.T) {
 		{"10.0.1.2", "192.0.2.1", lo},
 		{"10.0.1.2", "10.0.1.1", lo},
 		{"10.0.1.2", "10.0.1.3", eth1},
+		{"10.0.1.2", "192.0.2.255", eth0},
+		{"10.0.1.2", "224.0.0.1", eth0}, // all hosts, the node too
 		{"192.0.2.1", "198.51.100.3", eth0},
 		{"172.31.9.9", "198.51.100.3", eth0}, // from nowhere
 		{"fd00::2", "2001:db8::7", eth0},
