@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -129,6 +130,27 @@ func (l *loop) waits() string {
 		return "no source range yet: the Node object of this node has no podCIDRs"
 	}
 	return ""
+}
+
+// wait tells whether a policy can't be made yet. The log has why, once for each reason: with the
+// log alone an agent that waits would look like one that hangs.
+func (l *loop) wait() bool {
+	l.agent.Waiting = l.waits()
+	if l.agent.Waiting == "" {
+		l.waitSaid = ""
+		return false
+	}
+	snap := l.kube.Snapshot()
+	why := cmp.Or(snap.Error, snap.Problem)
+	if said := l.agent.Waiting + why; said != l.waitSaid {
+		l.waitSaid = said
+		if why == "" {
+			l.log.Info("no policy yet, waiting", "for", l.agent.Waiting)
+		} else {
+			l.log.Warn("no policy yet, waiting", "for", l.agent.Waiting, "error", why)
+		}
+	}
+	return true
 }
 
 // kubeStatus is what the status says of the cluster.

@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"bytes"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -80,11 +82,20 @@ func applies(lines string) []string {
 	return slices.DeleteFunc(strings.Split(lines, "\n"), func(l string) bool { return !strings.Contains(l, " apply ") })
 }
 
+func withoutTime(_ []string, a slog.Attr) slog.Attr {
+	if a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
+}
+
 func degraded(s Status) string { return strings.Join(s.Degraded(), "; ") }
 
 func TestLoopWaitsForTheCluster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newKubeBench(t)
+		var log bytes.Buffer
+		b.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{ReplaceAttr: withoutTime}))
 		got := b.run(t, func() {
 			after(time.Second)
 			if s := b.view(); !strings.HasPrefix(degraded(s), "the nodes of the cluster are not known yet;") || s.Agent.Ready {
@@ -111,6 +122,11 @@ func TestLoopWaitsForTheCluster(t *testing.T) {
 			}
 		})
 		check(t, strings.Join(applies(got), "\n"), "62.00s apply devices=[eth0 192.0.2.1] nonmasq=[] nodes=2")
+		waits := slices.DeleteFunc(strings.Split(log.String(), "\n"), func(l string) bool { return !strings.Contains(l, "waiting") })
+		check(t, strings.Join(waits, "\n"), `
+			level=INFO msg="no policy yet, waiting" for="the nodes of the cluster are not known yet"
+			level=WARN msg="no policy yet, waiting" for="the nodes of the cluster are not known yet" error="connection refused"
+			level=WARN msg="no policy yet, waiting" for="no source range yet: the Node object of this node has no podCIDRs" error="node a: its Node object has no podCIDRs"`)
 	})
 }
 

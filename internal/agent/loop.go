@@ -105,6 +105,7 @@ type loop struct {
 	event      func(nodes.Event) // nil: without Kubernetes
 	told       moment            // what Events were made of
 	kubeSynced bool              // it was known once
+	waitSaid   string            // to the log, of what it waits for
 	kubeNews   bool              // the cluster has changed
 	nextKube   time.Time         // not before, for a change of the cluster
 	portsError string            // why the pool is not what it should be
@@ -274,7 +275,7 @@ func (l *loop) follow(ctx context.Context) error {
 		}
 	}
 	l.wanted = assemble(l.cfg, l.facts)
-	if l.agent.Waiting = l.waits(); l.agent.Waiting != "" {
+	if l.wait() {
 		return nil
 	}
 	news := l.inForce == nil || !same(l.wanted.input, l.inForce.input)
