@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -78,7 +79,10 @@ func Open(o Options) (*Client, error) {
 		return nil, err
 	}
 	client, err := connect(cfg, o.UserAgent)
-	if err != nil {
+	switch {
+	case err != nil && o.Kubeconfig != "":
+		return nil, unusable(o.Kubeconfig, err)
+	case err != nil:
 		return nil, fmt.Errorf("enable-k8s: %w", err)
 	}
 	return &Client{
@@ -97,14 +101,28 @@ func configuration(path string) (*rest.Config, error) {
 		}
 		return cfg, nil
 	}
-	if _, err := os.Stat(path); err != nil {
+	data, err := os.ReadFile(path)
+	if err != nil {
 		return nil, advice.New(fmt.Errorf("k8s-kubeconfig-path %s: %w", path, bare(err)), "name a kubeconfig file, or leave the option out in a pod")
 	}
+	if _, err := clientcmd.Load(data); err != nil {
+		// The rest is about types of Go.
+		what, _, _ := strings.Cut(err.Error(), "; json parse error")
+		return nil, unusable(path, fmt.Errorf("not a kubeconfig: %s", what))
+	}
 	cfg, err := clientcmd.BuildConfigFromFlags("", path)
+	if clientcmd.IsEmptyConfig(err) {
+		err = errors.New("no current context, or none with a cluster")
+	}
 	if err != nil {
-		return nil, advice.New(fmt.Errorf("k8s-kubeconfig-path %s: %w", path, err), "the file needs a current context with a cluster and a user: kubectl --kubeconfig "+path+" get nodes")
+		return nil, unusable(path, err)
 	}
 	return cfg, nil
+}
+
+func unusable(kubeconfig string, err error) error {
+	return advice.New(fmt.Errorf("k8s-kubeconfig-path %s: %w", kubeconfig, err),
+		"the file needs a current context with a cluster and a user: kubectl --kubeconfig "+kubeconfig+" get nodes")
 }
 
 // bare drops the path of an error: the message has it already.

@@ -2,6 +2,7 @@ package nodes
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,8 +16,10 @@ import (
 func TestOpen(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	dir := t.TempDir()
+	files := 0
 	file := func(text string) string {
-		path := filepath.Join(dir, "config")
+		files++
+		path := filepath.Join(dir, fmt.Sprintf("config%d", files))
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -26,7 +29,11 @@ func TestOpen(t *testing.T) {
 		{"", "", "the name of this node is not known", "K8S_NODE_NAME"},
 		{"a", "", "in-cluster configuration", "k8s-kubeconfig-path"},
 		{"a", filepath.Join(dir, "none"), "none: no such file or directory", "kubeconfig"},
-		{"a", file("rubbish"), "k8s-kubeconfig-path " + dir, "current context"},
+		{"a", dir, dir + ": is a directory", "kubeconfig"},
+		{"a", file("rubbish"), "/config1: not a kubeconfig: couldn't get version/kind", "current context"},
+		{"a", file(""), "/config2: no current context", "current context"},
+		{"a", file(strings.ReplaceAll(nodestest.Kubeconfig("https://192.0.2.1:6443", "x"), "current-context:", "# ")), "/config3: no current context", "current context"},
+		{"a", file(nodestest.Kubeconfig(":::", "x")), "/config4: ", "current context"},
 	} {
 		_, err := Open(Options{Kubeconfig: c.config, NodeName: c.name})
 		var hints []string
