@@ -14,6 +14,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 )
@@ -134,6 +135,9 @@ func (f *follower) session(ctx context.Context) error {
 // without the address that was asked for, which is in the configuration.
 func brief(err error) string {
 	text := err.Error()
+	if e, ok := errors.AsType[runtime.NegotiateError](err); ok {
+		text = strings.Replace(text, e.Error(), fmt.Sprintf("the answer is %s, not that of an API server", e.ContentType), 1)
+	}
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		text = strings.Replace(text, e.Error(), e.Err.Error(), 1)
 	}
