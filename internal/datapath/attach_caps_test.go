@@ -3,6 +3,7 @@ package datapath
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"runtime"
@@ -13,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/lab"
 	"bauta.dev/bauta/internal/lab/labtest"
 	"bauta.dev/bauta/internal/policy"
@@ -111,4 +113,24 @@ func withFewCapabilities(t *testing.T, root string, without []Feature) {
 	}
 	look("applied", d.Attached(), nil)
 	inspect("applied")
+}
+
+// Without CAP_PERFMON the verifier finds fault with the code; the kernel is not to blame.
+func TestLoadErrorWithoutPerfmon(t *testing.T) {
+	refused := fmt.Errorf("pointer arithmetic with it prohibited for !root: %w", unix.EACCES)
+	hint := func() string { return strings.Join(advice.Of(loadError("/", refused)), "; ") }
+	if got := hint(); trusted() && got != noEBPF {
+		t.Errorf("with all privileges: %s", got)
+	}
+	runtime.LockOSThread() // and no other test gets this thread
+	var caps [2]unix.CapUserData
+	few := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	caps[0].Effective = 1 << unix.CAP_NET_ADMIN
+	caps[0].Permitted = caps[0].Effective
+	if err := unix.Capset(&few, &caps[0]); err != nil {
+		t.Fatal(err)
+	}
+	if got := hint(); got != needPrivilege {
+		t.Errorf("without: %s", got)
+	}
 }

@@ -182,12 +182,23 @@ func loadError(root string, err error) error {
 		return incompatible(fmt.Errorf("take over the tables in %s: %w", root, err))
 	case errors.Is(err, unix.EROFS):
 		return rootError(err)
-	case errors.Is(err, unix.EPERM):
+	case errors.Is(err, unix.EPERM), !trusted():
 		return advice.New(fmt.Errorf("load the programs: %w", err), needPrivilege)
 	case errors.Is(err, unix.ENOMEM):
 		return advice.New(fmt.Errorf("load the programs: %w", err), "lower bpf-nat-global-max")
 	}
 	return advice.New(fmt.Errorf("load the programs: %w", err), noEBPF)
+}
+
+// trusted tells whether the verifier takes our programs for those of root. Else it finds fault
+// with their code, and that looks like a kernel that is too old.
+func trusted() bool {
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &caps[0]); err != nil {
+		return true
+	}
+	has := func(c int) bool { return caps[c/32].Effective&(1<<(c%32)) != 0 }
+	return has(unix.CAP_PERFMON) || has(unix.CAP_SYS_ADMIN)
 }
 
 const (
