@@ -70,7 +70,7 @@ func unexplained(k inspector, why error) (Status, error) {
 		return Status{}, fmt.Errorf("read exclusions: %w", err)
 	}
 	v := view{
-		file:     PolicyFile{Mode: modeOf(isFlowMeter(k))},
+		file:     PolicyFile{Mode: modeOf(isFlowMeter(k)), IPMasqAgent: IPMasqStatus{Enabled: len(exclusions) > 0}},
 		agent:    AgentStatus{State: Down},
 		warnings: []string{fmt.Sprintf("what the data plane was told is not known: %v", why)},
 	}

@@ -227,7 +227,7 @@ func TestOfflineStatus(t *testing.T) {
 
 func TestOfflineStatusWithoutPolicyFile(t *testing.T) {
 	s, err := readStatus(t.TempDir(), func() (inspector, error) { return kernelOf(), nil })
-	if err != nil || s.IPMasqAgent.Prefixes != 1 || len(s.Warnings) == 0 || !slices.Contains(s.Degraded(), "agent down") {
+	if err != nil || s.IPMasqAgent.Prefixes != 1 || !s.Masquerading.IPMasqAgent || len(s.Warnings) == 0 || !slices.Contains(s.Degraded(), "agent down") {
 		t.Errorf("%+v %v", s, err)
 	}
 	broken := kernelOf()

@@ -144,7 +144,7 @@ func addrText(a netip.Addr) string {
 }
 
 func sourceRow(family string, s agent.FamilySources) []string {
-	row := []string{family, string(s.State)}
+	row := []string{family, cmp.Or(string(s.State), notKnown)}
 	var ranges []string
 	for _, r := range s.Ranges {
 		ranges = append(ranges, fmt.Sprintf("%s (%s)", r.Prefix, r.Origin))
@@ -155,12 +155,18 @@ func sourceRow(family string, s agent.FamilySources) []string {
 	return row
 }
 
+// notKnown stands where the kernel does not say what policy.json would.
+const notKnown = "not known"
+
 // maxPrefixLines keeps the rest of a status readable: a list may have 65536.
 const maxPrefixLines = 20
 
 func ipMasqText(s agent.IPMasqStatus) string {
-	if !s.Enabled {
+	switch {
+	case !s.Enabled:
 		return "off"
+	case s.Path == "":
+		return columns(plural(s.Prefixes, "prefix"), "file "+notKnown)
 	}
 	state := cmp.Or(s.State, "unknown")
 	if s.LastError != "" {
@@ -244,7 +250,10 @@ func flowRow(family string, u datapath.Usage) []string {
 // portText is about external ports. Searches that found one are of no interest until
 // there are others.
 func portText(p agent.PortsStatus) string {
-	text := columns(cmp.Or(p.Ranges, "-"), plural(p.Pool, "port"))
+	text := notKnown
+	if p.Ranges != "" {
+		text = columns(p.Ranges, plural(p.Pool, "port"))
+	}
 	if w := p.Worst; w != nil {
 		text += fmt.Sprintf("\nworst remote: %s %s   %d/%d used by %s", protoName(w.Proto), w.Remote, w.Used, w.Pool, w.Address)
 	}

@@ -169,7 +169,12 @@ func withRules() agent.Status {
 func TestStatusText(t *testing.T) {
 	golden(t, "testdata/golden/status-iptables.txt", statusText(withRules()))
 	off := agent.Status{Agent: agent.AgentStatus{State: agent.Running, PID: 1, Ready: true}, Datapath: agent.DatapathStatus{Present: true, Applied: true},
-		Sources: agent.Sources{IPv4: agent.FamilySources{State: agent.SourcesOff}, IPv6: agent.FamilySources{State: agent.SourcesOff}}}
+		Sources: agent.Sources{IPv4: agent.FamilySources{State: agent.SourcesOff}, IPv6: agent.FamilySources{State: agent.SourcesOff}},
+		Ports:   agent.PortsStatus{Ranges: "32768-65535", Pool: 32768}}
+	unexplained := agent.Status{Masquerading: agent.Masquerading{Enabled: true, EnabledProtocols: agent.EnabledProtocols{IPv4: true, IPv6: true}, Mode: agent.ModeBPF, IPMasqAgent: true},
+		Agent: agent.AgentStatus{State: agent.Down}, Datapath: agent.DatapathStatus{Present: true, Applied: true},
+		IPMasqAgent: agent.IPMasqStatus{Enabled: true, Prefixes: 3}, Warnings: []string{"what the data plane was told is not known: open policy.json: no such file or directory"}}
+	golden(t, "testdata/golden/status-unexplained.txt", statusText(unexplained))
 	golden(t, "testdata/golden/status-healthy.txt", statusText(healthy()))
 	golden(t, "testdata/golden/status-ailing.txt", statusText(ailing()))
 	golden(t, "testdata/golden/status-off.txt", statusText(off))
