@@ -2,6 +2,7 @@ package cli
 
 import (
 	"errors"
+	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -41,7 +42,7 @@ data plane.`,
 
 func (a *app) noStatus(err error) error {
 	var what []string
-	if !a.Root {
+	if !a.Root && !errors.Is(err, fs.ErrPermission) { // that says it already
 		what = append(what, "only root can see an agent: try sudo bauta status")
 	}
 	if errors.Is(err, agent.ErrNothing) && len(hints(err)) == 0 {

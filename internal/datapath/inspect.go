@@ -13,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 
 	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/policy"
@@ -60,7 +61,7 @@ func Inspect(root string) (*Inspector, error) {
 func (i *Inspector) open(name string) (*ebpf.Map, error) {
 	m, err := ebpf.LoadPinnedMap(filepath.Join(i.root, name), nil)
 	switch {
-	case errors.Is(err, os.ErrNotExist):
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ENOTDIR):
 		return nil, advice.New(fmt.Errorf("%s: %w", i.root, ErrNone), "start it with `bauta agent`", "or name another --bpf-root")
 	case errors.Is(err, os.ErrPermission):
 		return nil, advice.New(fmt.Errorf("open %s: %w", filepath.Join(i.root, name), err), "run as root")

@@ -49,7 +49,7 @@ func readLayout(dir string) (layout uint32, ok bool, err error) {
 		return 0, false, nil
 	}
 	if err != nil {
-		return 0, false, fmt.Errorf("open pinned table %s: %w", pinControl, err)
+		return 0, false, fmt.Errorf("open pinned table %s: %w", filepath.Join(dir, pinControl), err)
 	}
 	defer m.Close()
 	b, err := m.LookupBytes(uint32(0))
