@@ -56,7 +56,9 @@ func detect(path string) (fileKind, error) {
 }
 
 // detectDir takes a directory with an option's name in it for that of
-// --config-dir, any other for fragments of ip-masq-agent.
+// --config-dir, any other for fragments of ip-masq-agent. One with a file for
+// --config in it, such as /etc/bauta, is neither: as a list that file would mean
+// that everything is masqueraded.
 func detectDir(path string) (fileKind, error) {
 	entries, err := os.ReadDir(path)
 	if err != nil {
@@ -65,6 +67,16 @@ func detectDir(path string) (fileKind, error) {
 	for _, e := range entries {
 		if isOption(e.Name()) {
 			return kindAgentDir, nil
+		}
+	}
+	for _, e := range entries {
+		file := filepath.Join(path, e.Name())
+		info, err := e.Info()
+		if err != nil || !info.Mode().IsRegular() || info.Size() > ipmasq.MaxFileSize {
+			continue
+		}
+		if data, err := os.ReadFile(file); err == nil && slices.ContainsFunc(topKeys(data), isOption) {
+			return "", advice.New(fmt.Errorf("%s in it is an agent configuration: not a directory of options, nor of ip-masq-agent files", e.Name()), "bauta config validate "+file)
 		}
 	}
 	return kindIPMasq, nil
