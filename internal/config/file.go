@@ -30,7 +30,7 @@ func fromFile(path string) (layer, error) {
 	}
 	data, err := readFile(path)
 	if err != nil {
-		return nil, &Error{Msg: "config file " + path, Err: cause(err), Hints: []string{"give an existing YAML file to --config"}}
+		return nil, &Error{Msg: "config file " + path, Err: cause(err), Hints: []string{"give a YAML file to --config that is there and may be read"}}
 	}
 	if m := tagged.FindSubmatch(data); m != nil {
 		return nil, &Error{Msg: fmt.Sprintf("file %s: %s: YAML takes an unquoted ! for a tag", path, m[1]),

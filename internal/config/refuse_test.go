@@ -52,6 +52,8 @@ var refused = []struct{ name, options, want string }{
 		`nat-timeout-tcp-established "999ms" (SOURCE nat-timeout-tcp-established): out of bounds` + "\nwrite a duration from 1s to 720h (30 days), for example 2h4m"},
 	{"long timeout", "nat-timeout-udp=721h masquerade-forwarded=true", `nat-timeout-udp "721h" (SOURCE nat-timeout-udp): out of bounds`},
 	{"number", "max-ports-per-pod=many masquerade-forwarded=true", "not a whole number"},
+	{"huge number", "bpf-nat-global-max=99999999999 masquerade-forwarded=true", "out of bounds"},
+	{"beyond any number", "bpf-nat-global-max=99999999999999999999 masquerade-forwarded=true", "out of bounds"},
 	{"negative number", "max-ports-per-pod=-1 masquerade-forwarded=true", "below zero"},
 	{"too large a number", "max-new-flows-per-pod=2000000000 masquerade-forwarded=true", "above 1000000000"},
 	{"privileged ports only", "snat-port-range=600-1023 masquerade-forwarded=true", "no port from 1024 on"},

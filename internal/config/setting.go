@@ -2,6 +2,7 @@ package config
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -111,7 +112,10 @@ func (s setting) bool() (bool, error) {
 
 func (s setting) int() (int, error) {
 	n, err := strconv.Atoi(s.text())
-	if err != nil || n > math.MaxInt32 {
+	switch {
+	case errors.Is(err, strconv.ErrRange), err == nil && n > math.MaxInt32:
+		return 0, s.refuse("out of bounds", "write a number, for example 65536")
+	case err != nil:
 		return 0, s.refuse("not a whole number", "write a number, for example 65536")
 	}
 	return n, nil
