@@ -88,7 +88,7 @@ var outcomes = []OutcomeInfo{
 	{PassNotIP, "pass-not-ip", "not an IPv4 or IPv6 packet", ""},
 	{PassDisabled, "pass-disabled", "masquerading is off for this family", "set enable-ipv4-masquerade or enable-ipv6-masquerade"},
 	{PassHost, "pass-host", "the source is an address of the node itself", ""},
-	{PassSource, "pass-source", "the source is in no masquerade source range", "add the range to pod-cidrs, or set masquerade-forwarded"},
+	{PassSource, "pass-source", "the source is in no masquerade source range", "add the range to pod-cidrs, or set masquerade-forwarded; for global IPv6 sources then also enable-ipv6-masquerade"},
 	{PassMulticast, "pass-multicast", "multicast, broadcast or IPv6 control traffic", ""},
 	{PassNative, "pass-native", "the destination is in a native-routing CIDR", "change ipv4-native-routing-cidr or ipv6-native-routing-cidr"},
 	{PassNonMasq, "pass-nonmasq", "the destination is in the ip-masq-agent list", "change nonMasqueradeCIDRs in the ip-masq-agent file"},
