@@ -64,7 +64,7 @@ func Run(ctx context.Context, opt Options) (err error) {
 	}
 	datapathLog, devicesLog, filesLog, nodesLog := log.With("component", "datapath"), log.With("component", "devices"), log.With("component", "filewatch"), log.With("component", "nodes")
 	log = log.With("component", "agent")
-	if err := checkPrivilege(); err != nil {
+	if err := checkPrivilege(cfg.BPF); err != nil {
 		return err
 	}
 	kube, err := openKube(cfg, opt.Version, nodesLog)

@@ -122,6 +122,7 @@ func TestLoadErrorWithoutPerfmon(t *testing.T) {
 	if got := hint(); trusted() && got != noEBPF {
 		t.Errorf("with all privileges: %s", got)
 	}
+	labtest.Root(t)
 	runtime.LockOSThread() // and no other test gets this thread
 	var caps [2]unix.CapUserData
 	few := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
