@@ -235,15 +235,17 @@ func prefixText(p netip.Prefix) string {
 // elsewhere concludes for a packet that leaves by a device without us: it passes, whatever the
 // policy says of its addresses.
 func (x *explainer) elsewhere() {
-	x.Verdict, x.Reason, x.Source = policy.Pass.String(), policy.PassDevice.String(), "option devices"
-	names := "none"
-	if list := x.masqueradeDevices(); len(list) > 0 {
-		names = strings.Join(list, ", ")
-	}
+	x.Verdict, x.Reason = policy.Pass.String(), policy.PassDevice.String()
 	if x.Device == "lo" && x.q.Device == "" {
 		x.note("the destination is an address of this node")
 	}
-	x.note("%s is no masquerade device; those are: %s", x.Device, names)
+	list := x.masqueradeDevices()
+	if len(list) == 0 { // which may be none of devices' doing
+		x.note("no device masquerades now: `bauta status` says why")
+		return
+	}
+	x.Source = "option devices"
+	x.note("%s is no masquerade device; those are: %s", x.Device, strings.Join(list, ", "))
 }
 
 // noteIPsec says that a policy of IPsec is for the packet. The programs see what is encrypted

@@ -2,8 +2,10 @@ package agent
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 
+	"bauta.dev/bauta/internal/datapath"
 	"bauta.dev/bauta/internal/policy"
 )
 
@@ -59,5 +61,22 @@ func TestExplainConclude(t *testing.T) {
 		if err != nil || got.Verdict != c.want.Verdict || got.Reason != c.want.Reason || got.Match != c.want.Match || got.Source != c.want.Source || len(notes) != c.notes {
 			t.Errorf("%s: %v, %+v, notes %q, want %+v and %d notes", c.name, err, got, notes, c.want, c.notes)
 		}
+	}
+}
+
+// Without a device that masquerades it is not the option that says so: the agent may wait.
+func TestExplainElsewhere(t *testing.T) {
+	t.Parallel()
+	x := explainer{}
+	x.Device = "eth0"
+	x.elsewhere()
+	if x.Source != "" || len(x.Notes) != 1 || !strings.Contains(x.Notes[0], "bauta status") {
+		t.Errorf("none attached: %+v", x.Explanation)
+	}
+	x = explainer{attached: []datapath.Attachment{{Device: "eth1"}}}
+	x.Device = "eth0"
+	x.elsewhere()
+	if x.Source != "option devices" || len(x.Notes) != 1 || !strings.HasSuffix(x.Notes[0], "those are: eth1") {
+		t.Errorf("another one attached: %+v", x.Explanation)
 	}
 }

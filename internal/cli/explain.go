@@ -163,7 +163,7 @@ func explainText(q agent.Question, e agent.Explanation) string {
 	if e.Port != 0 {
 		row("Port:", strconv.Itoa(int(e.Port)))
 	}
-	if !stays {
+	if !stays && (e.Reason != policy.PassDevice.String() || e.Source != "") {
 		row("Remedy:", info.Remedy)
 	}
 	for _, n := range e.Notes {

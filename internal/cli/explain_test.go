@@ -26,6 +26,8 @@ var explained = []struct {
 	{agent.Question{Src: ap("10.0.1.99:50000"), Dst: ap("192.0.2.1:443"), Proto: policy.ProtoTCP},
 		agent.Explanation{Verdict: "pass", Reason: "pass-device", Source: "option devices", Device: "lo",
 			Notes: []string{"the destination is an address of this node", "lo is no masquerade device; those are: eth0, eth1"}}},
+	{agent.Question{Src: ap("10.0.1.99:50000"), Dst: ap("1.1.1.1:443"), Proto: policy.ProtoTCP},
+		agent.Explanation{Verdict: "pass", Reason: "pass-device", Device: "eth0", Notes: []string{"no device masquerades now: `bauta status` says why"}}},
 	{agent.Question{Src: ap("192.0.2.1:50000"), Dst: ap("1.1.1.1:443"), Proto: policy.ProtoTCP},
 		agent.Explanation{Verdict: "pass", Reason: "pass-host", Match: "192.0.2.1/32", Device: "eth0"}},
 	{agent.Question{Src: ap("10.0.1.99:50000"), Dst: ap("1.1.1.1:443"), Proto: policy.ProtoTCP},
