@@ -17,23 +17,25 @@ var ErrNothing = errors.New("no agent and no data plane on this node")
 // what the kernel holds and policy.json tell; then Agent.State is Down. Empty
 // arguments mean the default places.
 func ReadStatus(bpfRoot, runDir string) (Status, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
-	defer cancel()
 	runDir = orDefault(runDir, DefaultRunDir)
-	return readStatus(runDir, func() (inspector, error) {
+	return readStatus(runDir, answerTimeout, func(ctx context.Context) (inspector, error) {
 		return inspectNode(ctx, orDefault(bpfRoot, DefaultBPFRoot), runDir)
 	})
 }
 
-func readStatus(runDir string, inspect func() (inspector, error)) (Status, error) {
-	s, err := ask(runDir)
+// readStatus gives the agent its time, and then the kernel its own: an agent that hangs takes
+// all of it.
+func readStatus(runDir string, timeout time.Duration, inspect func(context.Context) (inspector, error)) (Status, error) {
+	s, err := ask(runDir, timeout)
 	switch {
 	case err == nil:
 		return s, nil
 	case errors.Is(err, fs.ErrPermission):
 		return Status{}, advice.New(err, "run it as root")
 	}
-	s, offErr := offline(runDir, inspect)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	s, offErr := offline(runDir, func() (inspector, error) { return inspect(ctx) })
 	switch {
 	case errors.Is(err, errNoAgent):
 	case offErr == nil:

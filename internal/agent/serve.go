@@ -158,7 +158,7 @@ func serve(ctx context.Context, l net.Listener, runDir string, status func() (St
 var errNoAgent = errors.New("no agent")
 
 // ask gets the status of the running agent.
-func ask(runDir string) (Status, error) {
+func ask(runDir string, timeout time.Duration) (Status, error) {
 	path := filepath.Join(runDir, socketName)
 	dialer := net.Dialer{Timeout: dialTimeout}
 	transport := &http.Transport{
@@ -167,11 +167,13 @@ func ask(runDir string) (Status, error) {
 		},
 		DisableKeepAlives: true,
 	}
-	client := &http.Client{Transport: transport, Timeout: answerTimeout}
+	client := &http.Client{Transport: transport, Timeout: timeout}
 	answer, err := client.Get("http://agent" + statusPath)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return Status{}, errNoAgent
+	case errors.Is(err, context.DeadlineExceeded):
+		return Status{}, fmt.Errorf("ask the agent: it listens on %s, but does not answer within %s", path, timeout)
 	case err != nil:
 		return Status{}, fmt.Errorf("ask the agent: %w", errors.Unwrap(err))
 	}

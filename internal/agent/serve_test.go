@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -53,6 +54,8 @@ func answer(t *testing.T, runDir string, status func() (Status, error)) (stop fu
 
 func noKernel() (inspector, error) { return nil, fmt.Errorf("/sys: %w", datapath.ErrNone) }
 
+func emptyKernel(context.Context) (inspector, error) { return noKernel() }
+
 func TestSocket(t *testing.T) {
 	dir := newRunDir(t)
 	if err := prepareRunDir(dir); err != nil {
@@ -67,7 +70,7 @@ func TestSocket(t *testing.T) {
 			t.Errorf("%s: %v %v, want %v", p, info.Mode(), err, mode)
 		}
 	}
-	got, err := readStatus(dir, noKernel)
+	got, err := readStatus(dir, answerTimeout, emptyKernel)
 	if err != nil || got.Line() != s.Line() || got.Agent.State != Running {
 		t.Errorf("%+v %v", got, err)
 	}
@@ -75,14 +78,14 @@ func TestSocket(t *testing.T) {
 		t.Errorf("second agent: %v", err)
 	}
 	failure = errors.New("tables not readable")
-	if _, err := ask(dir); err == nil || !strings.Contains(err.Error(), "tables not readable") {
+	if _, err := ask(dir, answerTimeout); err == nil || !strings.Contains(err.Error(), "tables not readable") {
 		t.Errorf("ask: %v", err)
 	}
 	stop()
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("socket after the end: %v", err)
 	}
-	if _, err := readStatus(dir, noKernel); !errors.Is(err, ErrNothing) {
+	if _, err := readStatus(dir, answerTimeout, emptyKernel); !errors.Is(err, ErrNothing) {
 		t.Errorf("after the end: %v", err)
 	}
 }
@@ -97,11 +100,11 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Close() // as a crash does: the file stays
-	if _, err := readStatus(dir, noKernel); !errors.Is(err, ErrNothing) {
+	if _, err := readStatus(dir, answerTimeout, emptyKernel); !errors.Is(err, ErrNothing) {
 		t.Errorf("with a stale socket: %v", err)
 	}
 	answer(t, dir, func() (Status, error) { return healthy(), nil })
-	if _, err := ask(dir); err != nil {
+	if _, err := ask(dir, answerTimeout); err != nil {
 		t.Error(err)
 	}
 }
@@ -113,8 +116,25 @@ func TestAgentThatFailsIsThere(t *testing.T) {
 		t.Fatal(err)
 	}
 	answer(t, dir, func() (Status, error) { return Status{}, errors.New("no answer of iptables") })
-	if _, err := readStatus(dir, noKernel); err == nil || errors.Is(err, ErrNothing) || !strings.Contains(err.Error(), "no answer of iptables") {
+	if _, err := readStatus(dir, answerTimeout, emptyKernel); err == nil || errors.Is(err, ErrNothing) || !strings.Contains(err.Error(), "no answer of iptables") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// One that hangs takes all the time that it is given, and none of what the kernel has.
+func TestAgentThatHangs(t *testing.T) {
+	dir := newRunDir(t)
+	if err := prepareRunDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", filepath.Join(dir, socketName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s, err := readStatus(dir, 50*time.Millisecond, func(ctx context.Context) (inspector, error) { return kernelOf(), ctx.Err() })
+	if err != nil || !slices.Contains(s.Degraded(), "agent down") || !slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.HasSuffix(w, "agent.sock, but does not answer within 50ms") }) {
+		t.Errorf("%v; %q", err, s.Warnings)
 	}
 }
 
@@ -169,7 +189,7 @@ func TestLeakStatus(t *testing.T) {
 		degraded bool
 	}{{3 * time.Second, true}, {leakAlarm * time.Second, true}, {(leakAlarm + 1) * time.Second, false}} {
 		k.leaks = []datapath.Leak{{Index: 2, Packets: 5, First: time.Hour, Last: c.last}, {Index: 77, Packets: 1, Last: time.Hour}}
-		s, err := readStatus(t.TempDir(), func() (inspector, error) { return k, nil })
+		s, err := readStatus(t.TempDir(), answerTimeout, func(context.Context) (inspector, error) { return k, nil })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -184,7 +204,7 @@ func TestLeakStatus(t *testing.T) {
 		}
 	}
 	k.attached = k.attached[1:] // draining, not watched
-	if s, err := readStatus(t.TempDir(), func() (inspector, error) { return k, nil }); err != nil || !s.Leaks.Sentinel {
+	if s, err := readStatus(t.TempDir(), answerTimeout, func(context.Context) (inspector, error) { return k, nil }); err != nil || !s.Leaks.Sentinel {
 		t.Errorf("%+v, %v", s.Leaks, err)
 	}
 }
@@ -197,7 +217,7 @@ func TestOfflineStatus(t *testing.T) {
 	if err := file.write(dir); err != nil {
 		t.Fatal(err)
 	}
-	s, err := readStatus(dir, func() (inspector, error) { return kernelOf(), nil })
+	s, err := readStatus(dir, answerTimeout, func(context.Context) (inspector, error) { return kernelOf(), nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,13 +246,13 @@ func TestOfflineStatus(t *testing.T) {
 }
 
 func TestOfflineStatusWithoutPolicyFile(t *testing.T) {
-	s, err := readStatus(t.TempDir(), func() (inspector, error) { return kernelOf(), nil })
+	s, err := readStatus(t.TempDir(), answerTimeout, func(context.Context) (inspector, error) { return kernelOf(), nil })
 	if err != nil || s.IPMasqAgent.Prefixes != 1 || !s.Masquerading.IPMasqAgent || len(s.Warnings) == 0 || !slices.Contains(s.Degraded(), "agent down") {
 		t.Errorf("%+v %v", s, err)
 	}
 	broken := kernelOf()
 	broken.err = errors.New("not permitted")
-	if _, err := readStatus(t.TempDir(), func() (inspector, error) { return broken, nil }); err == nil {
+	if _, err := readStatus(t.TempDir(), answerTimeout, func(context.Context) (inspector, error) { return broken, nil }); err == nil {
 		t.Error("no error from a kernel that can't be read")
 	}
 }
