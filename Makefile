@@ -59,7 +59,7 @@ ci-generated: generate ## proves that the committed objects are what the sources
 
 # What differs with another CNI plugin and another mode of kube-proxy.
 CLUSTER_VARIANT = TestNodesAreReady|TestWorld|TestInside|TestHost|TestClusterIP|TestNodePort|TestModes|TestAgentKilled|TestNodeRebooted
-test-cluster: ## a real Kubernetes with two nodes and the chart, in two variants (root; 10 minutes, the first time 10 more)
+test-cluster: ## a real Kubernetes with two nodes and the chart, in two variants (root; 9 minutes, the first time 10 more)
 	@tools/need image
 	@tools/need cluster
 	test/cluster/kube/build
