@@ -44,6 +44,11 @@ func Inspect(root string) (*Inspector, error) {
 		if errors.Is(err, ErrNone) && i.old && (name == pinStats || name == pinRefusals || name == pinReclaim) {
 			continue
 		}
+		if errors.Is(err, ErrNone) && name != pinControl && pinned(root, pinControl) {
+			// When all are removed, control goes first.
+			err = advice.New(fmt.Errorf("%s: somebody removed it, other tables are there", filepath.Join(root, name)),
+				"an agent in eBPF mode makes it anew when it starts", "or `bauta cleanup` first (running connections end)")
+		}
 		if err != nil {
 			i.Close()
 			return nil, err
@@ -55,6 +60,11 @@ func Inspect(root string) (*Inspector, error) {
 		{i.maps[pinForward6], i.maps[pinReverse6], i.maps[pinInbound6], false},
 	}
 	return i, nil
+}
+
+func pinned(root, name string) bool {
+	_, err := os.Lstat(filepath.Join(root, name))
+	return err == nil
 }
 
 // open opens a pinned table. ErrNone: it is not there.
