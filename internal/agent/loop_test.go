@@ -306,6 +306,7 @@ func TestUnmatchedPrefixIsANote(t *testing.T) {
 		{"eth0,wlan+", "", "devices: no device matches wlan+ now: one that does will be attached when it appears"},
 		{"wlan+", "no device to masquerade on", "devices: no device matches wlan+ now: one that does will be attached when it appears"},
 		{"eth0,wlan0", "device wlan0 is missing", "device wlan0 is missing: it will be attached when it appears"},
+		{"eth0,wlan*", "device wlan* is missing", "device wlan* is missing: it will be attached when it appears (all that begin with wlan are written wlan+)"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBench(t, "devices="+c.devices)

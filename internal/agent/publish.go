@@ -86,7 +86,11 @@ func (l *loop) warnings() []string {
 		list = append(list, "restart needed: the files have other values now for "+strings.Join(l.options.changed, ", "))
 	}
 	for _, name := range l.wanted.selection.Missing {
-		list = append(list, fmt.Sprintf("device %s is missing: it will be attached when it appears", name))
+		text := fmt.Sprintf("device %s is missing: it will be attached when it appears", name)
+		if prefix, ok := strings.CutSuffix(name, "*"); ok {
+			text += fmt.Sprintf(" (all that begin with %s are written %[1]s+)", prefix)
+		}
+		list = append(list, text)
 	}
 	for _, pattern := range l.wanted.selection.Unmatched {
 		list = append(list, fmt.Sprintf("%s: no device matches %s now: one that does will be attached when it appears", l.devicesOption(), pattern))
