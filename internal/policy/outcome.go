@@ -96,7 +96,7 @@ var outcomes = []OutcomeInfo{
 	{PassNode, "pass-node", "the destination is an address of another cluster node", "set remote-node-masquerade"},
 	{PassInbound, "pass-inbound", "the connection was opened from outside", ""},
 	{PassProtocol, "pass-protocol", "a protocol without ports, and unknown-protocols is pass", "set unknown-protocols to masquerade or drop"},
-	{PassDevice, "pass-device", "the device is no masquerade device, or no longer one", "add it to devices"},
+	{PassDevice, "pass-device", "the device is no masquerade device, or no longer one", "if it leads out of the node, add it to devices"},
 	{PassNoMapping, "pass-no-mapping", "an arriving packet that belongs to no mapping", ""},
 	{PassInboundFull, "pass-inbound-full", "opened from outside, but that table is full: replies will not be recognized", "raise bpf-nat-global-max, or filter unwanted traffic"},
 	{PassTranslated, "pass-translated", "already translated: on a device stacked above this one, or an answer on its way inside", ""},
