@@ -147,8 +147,9 @@ func connect(cfg *rest.Config, userAgent string) (rest.Interface, error) {
 	cfg = rest.CopyConfig(cfg)
 	cfg.APIPath, cfg.GroupVersion = "/api", &coreV1
 	cfg.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	cfg.ContentType, cfg.AcceptContentTypes = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf
-	cfg.QPS = -1 // there are few requests, each with a pause of its own
+	cfg.ContentType = runtime.ContentTypeProtobuf
+	cfg.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON // in this order
+	cfg.QPS = -1                                                                         // there are few requests, each with a pause of its own
 	cfg.WarningHandler = rest.NoWarnings{}
 	if userAgent != "" {
 		cfg.UserAgent = userAgent

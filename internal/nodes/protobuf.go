@@ -83,6 +83,9 @@ const maxNode = 8 << 20
 // version. The whole of it is never in memory.
 func readList(r io.Reader, each func(*node)) (version string, err error) {
 	in := bufio.NewReaderSize(r, 64<<10)
+	if first, err := in.Peek(1); err == nil && first[0] == '{' {
+		return readJSONList(in, each)
+	}
 	var start [len(magic)]byte
 	if _, err := io.ReadFull(in, start[:]); err != nil {
 		return "", cut(err)

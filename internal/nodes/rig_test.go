@@ -20,7 +20,7 @@ import (
 
 // quick is a timing for tests. quiet is longer than any of them takes to say something.
 var quick = timing{
-	answer: 300 * time.Millisecond, quiet: 10 * time.Second, settle: 30 * time.Millisecond, spread: 10 * time.Millisecond,
+	answer: 300 * time.Millisecond, initial: 300 * time.Millisecond, quiet: 10 * time.Second, settle: 30 * time.Millisecond, spread: 10 * time.Millisecond,
 	watch: time.Minute, retry: 5 * time.Millisecond, maxRetry: 50 * time.Millisecond,
 }
 

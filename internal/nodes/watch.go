@@ -22,6 +22,7 @@ import (
 // timing of what goes on with the API server; tests shorten it.
 type timing struct {
 	answer   time.Duration // a request or a list that gives nothing for so long has stalled
+	initial  time.Duration // a watch that is to begin with what there is and gives nothing for so long does not know how
 	quiet    time.Duration // so has a watch: a server sends a bookmark each minute
 	settle   time.Duration // a watch that is open for so long works
 	spread   time.Duration // within which the watches of all nodes begin again that ended together
@@ -32,6 +33,7 @@ type timing struct {
 
 var defaultTiming = timing{
 	answer:   30 * time.Second,
+	initial:  5 * time.Second,
 	quiet:    4 * time.Minute,
 	settle:   2 * time.Second,
 	spread:   time.Second,
@@ -48,6 +50,10 @@ var (
 	errNoStream = errors.New("no initial events")
 )
 
+// maxShort is after how many watches that ended at once there is a list again: of a server that has
+// none, that is how changes are seen.
+const maxShort = 4
+
 // follower is where we are in the history of the Node objects.
 type follower struct {
 	*Client
@@ -56,6 +62,7 @@ type follower struct {
 	list    bool   // the server has no initial events
 	settled bool   // the last session worked
 	early   bool   // and ended before its time
+	short   int    // so many in a row ended at once
 	once    bool   // something was listed once
 }
 
@@ -70,7 +77,7 @@ func (c *Client) follow(ctx context.Context) {
 			return
 		}
 		if f.settled {
-			pause = 0
+			pause, f.short = 0, 0
 		}
 		if err == nil && f.settled {
 			// A server ends each watch after some time. If it ends all of them, it is going away,
@@ -82,6 +89,9 @@ func (c *Client) follow(ctx context.Context) {
 		}
 		if err == nil {
 			err = errors.New("the watch ended at once")
+			if f.short++; f.short >= maxShort {
+				f.short, f.listed, f.list = 0, false, true
+			}
 		}
 		if errors.Is(err, errNoStream) && !f.list {
 			f.list = true
@@ -269,7 +279,7 @@ func (f *follower) watch(ctx context.Context) error {
 func (f *follower) begin(ctx context.Context, w watch.Interface, quiet *deadline) error {
 	list := make(map[string]*node)
 	for {
-		quiet.put(f.timing.answer)
+		quiet.put(f.timing.initial)
 		e, ok := <-w.ResultChan()
 		n, err := f.object(e)
 		if !ok {
@@ -277,7 +287,8 @@ func (f *follower) begin(ctx context.Context, w watch.Interface, quiet *deadline
 		}
 		if err != nil {
 			err = fmt.Errorf("list nodes: %w", cause(ctx, err))
-			if errors.Is(err, errStalled) && len(list) > 0 || // that was all, but nobody says so
+			if errors.Is(err, errStalled) || // that was all, but nobody says so
+				!ok && len(list) == 0 ||
 				e.Type == watch.Error && apierrors.IsInternalError(err) { // of an etcd that can't tell how far it is
 				err = fmt.Errorf("%w: %w", errNoStream, err)
 			}
@@ -330,7 +341,9 @@ func (f *follower) goOn(ctx context.Context, w watch.Interface, quiet *deadline,
 
 // apply takes an event.
 func (f *follower) apply(typ watch.EventType, n *node) {
-	f.version = n.version
+	if n.version != "" {
+		f.version = n.version
+	}
 	switch typ {
 	case watch.Added, watch.Modified:
 		f.state.put(n)
@@ -350,8 +363,8 @@ func (f *follower) object(e watch.Event) (*node, error) {
 	switch {
 	case !ok:
 		return nil, fmt.Errorf("event %s with an object of type %T", e.Type, e.Object)
-	case n.version == "", n.name == "" && e.Type != watch.Bookmark:
-		return nil, fmt.Errorf("event %s with a Node without name or resource version", e.Type)
+	case n.name == "" && e.Type != watch.Bookmark:
+		return nil, fmt.Errorf("event %s with a Node without a name", e.Type)
 	}
 	return n, nil
 }

@@ -153,7 +153,8 @@ func TestFaults(t *testing.T) {
 		"busy":         {nodestest.Status(apierrors.NewTooManyRequests("busy", 0)), "busy"},
 		"garbage":      {nodestest.Answer("application/vnd.kubernetes.protobuf;stream=watch", strings.Repeat("garbage", 1000)), "nodes:"},
 		"page":         {nodestest.Answer("text/html", "<html>log in</html>"), "nodes: the answer is text/html, not that of an API server"},
-		"JSON":         {nodestest.Answer("application/json", `{"kind":"NodeList","apiVersion":"v1","items":[]}`), "nodes:"},
+		"JSON":         {nodestest.Answer("application/json", `{"kind":"NodeList","apiVersion":"v1","items":[]}`), "no node at all"},
+		"JSON of pods": {nodestest.Answer("application/json", `{"kind":"PodList","apiVersion":"v1","items":[]}`), `nodes: a "PodList"`},
 		"nothing":      {nodestest.Answer("application/vnd.kubernetes.protobuf;stream=watch", ""), "nodes:"},
 		"stall":        {nodestest.Stall, "says nothing for"},
 	} {
