@@ -162,7 +162,9 @@ func TestMetrics(t *testing.T) {
 		`nat_flows_limit{family="ipv4"}`: 4096, `nat_flows_limit{family="ipv6"}`: 4096, `nat_inbound_flows_limit{family="ipv6"}`: 1024,
 		`nat_flows{family="ipv4",proto="udp"}`: ports, `nat_flows{family="ipv6",proto="udp"}`: ports,
 		"port_use_ratio_max": 1, "port_allocation_attempts_count": 2 * ports, "ready": 1, "config_valid": 1,
-		`device_attached{device="eth0",direction="egress",hook="tcx"}`: 1, `device_attached{device="eth0",direction="ingress",hook="tcx"}`: 1,
+	}
+	for _, direction := range []string{"egress", "ingress"} {
+		want[fmt.Sprintf(`device_attached{device="eth0",direction=%q,hook=%q}`, direction, n.status().Devices[0].Hook)] = 1
 	}
 	for i, dst := range n.WorldAddr.All() {
 		fam := []string{"ipv4", "ipv6"}[i]
