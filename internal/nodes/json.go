@@ -40,9 +40,7 @@ func (n *node) UnmarshalJSON(data []byte) error {
 		TypeMeta: o.TypeMeta, name: o.Metadata.Name, version: o.Metadata.ResourceVersion, podCIDRs: o.Spec.PodCIDRs,
 		initialEnd: o.Metadata.Annotations[metav1.InitialEventsAnnotationKey] == "true",
 	}
-	if len(n.podCIDRs) == 0 && o.Spec.PodCIDR != "" {
-		n.podCIDRs = []string{o.Spec.PodCIDR}
-	}
+	n.ranged(o.Spec.PodCIDR)
 	for _, t := range o.Spec.Taints {
 		n.taints = append(n.taints, t.Key)
 	}

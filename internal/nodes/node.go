@@ -80,10 +80,15 @@ func (n *node) Unmarshal(data []byte) error {
 	if err != nil {
 		return fmt.Errorf("node: %w", err)
 	}
-	if len(n.podCIDRs) == 0 && podCIDR != "" {
-		n.podCIDRs = []string{podCIDR} // of a cluster that knows one family only
-	}
+	n.ranged(podCIDR)
 	return nil
+}
+
+// ranged takes the pod range of a cluster that knows one family only, if there are no others.
+func (n *node) ranged(podCIDR string) {
+	if len(n.podCIDRs) == 0 && podCIDR != "" {
+		n.podCIDRs = []string{podCIDR}
+	}
 }
 
 func (n *node) metadata(f field) error {
