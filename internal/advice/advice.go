@@ -2,6 +2,11 @@
 // "error: ERR", then "hint: HINT" lines.
 package advice
 
+import (
+	"errors"
+	"io/fs"
+)
+
 // Error is an error with remedies, a line each.
 type Error struct {
 	Err   error
@@ -29,4 +34,12 @@ func Of(err error) []string {
 		}
 	}
 	return hints
+}
+
+// Bare is an error of a file without its path: for a message that has it already.
+func Bare(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
 }

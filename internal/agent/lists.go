@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"slices"
 	"time"
 
+	"bauta.dev/bauta/internal/advice"
 	"bauta.dev/bauta/internal/config"
 	"bauta.dev/bauta/internal/ipmasq"
 	"bauta.dev/bauta/internal/policy"
@@ -134,32 +134,24 @@ func readNodes(path string) ([]policy.NodeAddr, error) {
 func readRegular(path string, limit int64) ([]byte, error) {
 	info, err := os.Stat(path)
 	if err != nil {
-		return nil, bare(err)
+		return nil, advice.Bare(err)
 	}
 	if !info.Mode().IsRegular() {
 		return nil, errors.New("not a regular file")
 	}
 	file, err := os.Open(path)
 	if err != nil {
-		return nil, bare(err)
+		return nil, advice.Bare(err)
 	}
 	defer file.Close()
 	data, err := io.ReadAll(io.LimitReader(file, limit+1))
 	if err != nil {
-		return nil, bare(err)
+		return nil, advice.Bare(err)
 	}
 	if int64(len(data)) > limit {
 		return nil, fmt.Errorf("more than %d bytes", limit)
 	}
 	return data, nil
-}
-
-// bare drops the path of an error: the message has it already.
-func bare(err error) error {
-	if pe, ok := errors.AsType[*fs.PathError](err); ok {
-		return pe.Err
-	}
-	return err
 }
 
 // optionFiles compares the option files with what the agent runs with: options

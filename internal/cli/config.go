@@ -1,10 +1,7 @@
 package cli
 
 import (
-	"cmp"
-	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -189,11 +186,4 @@ func (v *enumValue) Set(s string) error {
 		}
 	}
 	return fmt.Errorf("%q: not one of %s", s, strings.Join(v.values, ", "))
-}
-
-func cause(err error) error {
-	if pe, ok := errors.AsType[*fs.PathError](err); ok {
-		return cmp.Or(pe.Err, err)
-	}
-	return err
 }

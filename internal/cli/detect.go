@@ -33,7 +33,7 @@ var ipMasqKeys = []string{"nonmasqueradecidrs", "masqlinklocal", "masqlinklocali
 func detect(path string) (fileKind, error) {
 	info, err := os.Stat(path)
 	if err != nil {
-		return "", cause(err)
+		return "", advice.Bare(err)
 	}
 	if info.IsDir() {
 		return detectDir(path)
@@ -46,7 +46,7 @@ func detect(path string) (fileKind, error) {
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return "", cause(err)
+		return "", advice.Bare(err)
 	}
 	keys := topKeys(data)
 	if slices.Contains(keys, "apiVersion") && slices.Contains(keys, "kind") {
@@ -62,7 +62,7 @@ func detect(path string) (fileKind, error) {
 func detectDir(path string) (fileKind, error) {
 	entries, err := os.ReadDir(path)
 	if err != nil {
-		return "", cause(err)
+		return "", advice.Bare(err)
 	}
 	for _, e := range entries {
 		if isOption(e.Name()) {

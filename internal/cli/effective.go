@@ -96,7 +96,7 @@ func (e *effective) readNodes(path string) error {
 		e.Warnings = append(e.Warnings, "nodes-file "+path+": not there yet")
 		return nil
 	} else if err != nil {
-		return fmt.Errorf("nodes-file %s: %w", path, cause(err))
+		return fmt.Errorf("nodes-file %s: %w", path, advice.Bare(err))
 	}
 	defer f.Close()
 	nodes, err := config.ParseNodes(f, path)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -14,6 +13,8 @@ import (
 	"strings"
 
 	"sigs.k8s.io/yaml"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // maxSize bounds what is read of one file: no option needs a megabyte.
@@ -30,7 +31,7 @@ func fromFile(path string) (layer, error) {
 	}
 	data, err := readFile(path)
 	if err != nil {
-		return nil, &Error{Msg: "config file " + path, Err: cause(err), Hints: []string{"give a YAML file to --config that is there and may be read"}}
+		return nil, &Error{Msg: "config file " + path, Err: advice.Bare(err), Hints: []string{"give a YAML file to --config that is there and may be read"}}
 	}
 	if m := tagged.FindSubmatch(data); m != nil {
 		return nil, &Error{Msg: fmt.Sprintf("file %s: %s: YAML takes an unquoted ! for a tag", path, m[1]),
@@ -104,7 +105,7 @@ func (c *Config) fromDir(dir string) (layer, error) {
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, &Error{Msg: "config directory " + dir, Err: cause(err), Hints: []string{"give an existing directory with a file per option to --config-dir"}}
+		return nil, &Error{Msg: "config directory " + dir, Err: advice.Bare(err), Hints: []string{"give an existing directory with a file per option to --config-dir"}}
 	}
 	for _, e := range entries {
 		name := e.Name()
@@ -122,7 +123,7 @@ func (c *Config) fromDir(dir string) (layer, error) {
 		}
 		data, err := readFile(path)
 		if err != nil {
-			return nil, &Error{Msg: "directory file " + path, Err: cause(err), Hints: []string{"make it a readable file with the value of " + name}}
+			return nil, &Error{Msg: "directory file " + path, Err: advice.Bare(err), Hints: []string{"make it a readable file with the value of " + name}}
 		}
 		s.dir = true
 		l[name] = s.withText(string(data))
@@ -148,14 +149,6 @@ func readFile(path string) ([]byte, error) {
 	}
 	data, err := os.ReadFile(path)
 	return bytes.TrimPrefix(data, []byte("\uFEFF")), err
-}
-
-// cause drops the path that the message has already.
-func cause(err error) error {
-	if pe, ok := errors.AsType[*fs.PathError](err); ok {
-		return pe.Err
-	}
-	return err
 }
 
 func oneLine(err error) string {

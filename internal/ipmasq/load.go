@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"bauta.dev/bauta/internal/advice"
 )
 
 // MaxFileSize bounds what is read of one file. 65536 prefixes of both families
@@ -81,7 +83,7 @@ func read(path string) (fragments []Fragment, warnings []string, err error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil, nil
 	case err != nil:
-		return nil, nil, fmt.Errorf("%s: %w", path, cause(err))
+		return nil, nil, fmt.Errorf("%s: %w", path, advice.Bare(err))
 	case info.IsDir():
 		return readDir(path)
 	}
@@ -140,7 +142,7 @@ func readVersion(dir, version string) (fragments []Fragment, warnings []string, 
 			continue
 		}
 		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", p.path, cause(err))
+			return nil, nil, fmt.Errorf("%s: %w", p.path, advice.Bare(err))
 		}
 		if !info.Mode().IsRegular() {
 			continue
@@ -161,7 +163,7 @@ func readVersion(dir, version string) (fragments []Fragment, warnings []string, 
 func placesIn(dir, version string) (places []place, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", dir, cause(err))
+		return nil, fmt.Errorf("%s: %w", dir, advice.Bare(err))
 	}
 	for _, e := range entries {
 		if !IsFragment(e.Name()) {
@@ -195,18 +197,10 @@ func readFile(path string, info fs.FileInfo) ([]byte, error) {
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, cause(err)
+		return nil, advice.Bare(err)
 	}
 	defer f.Close()
 	// One byte more than allowed, so that Parse sees a file that is too long.
 	data, err := io.ReadAll(io.LimitReader(f, MaxFileSize+1))
-	return data, cause(err)
-}
-
-// cause drops the path of an error: the message has it already.
-func cause(err error) error {
-	if pe, ok := errors.AsType[*fs.PathError](err); ok {
-		return pe.Err
-	}
-	return err
+	return data, advice.Bare(err)
 }

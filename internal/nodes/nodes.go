@@ -103,7 +103,7 @@ func configuration(path string) (*rest.Config, error) {
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, advice.New(fmt.Errorf("k8s-kubeconfig-path %s: %w", path, bare(err)), "name a kubeconfig file, or leave the option out in a pod")
+		return nil, advice.New(fmt.Errorf("k8s-kubeconfig-path %s: %w", path, advice.Bare(err)), "name a kubeconfig file, or leave the option out in a pod")
 	}
 	if _, err := clientcmd.Load(data); err != nil {
 		// The rest is about types of Go.
@@ -123,14 +123,6 @@ func configuration(path string) (*rest.Config, error) {
 func unusable(kubeconfig string, err error) error {
 	return advice.New(fmt.Errorf("k8s-kubeconfig-path %s: %w", kubeconfig, err),
 		"the file needs a current context with a cluster and a user: kubectl --kubeconfig "+kubeconfig+" get nodes")
-}
-
-// bare drops the path of an error: the message has it already.
-func bare(err error) error {
-	if pe, ok := errors.AsType[*os.PathError](err); ok {
-		return pe.Err
-	}
-	return err
 }
 
 var (
