@@ -10,17 +10,6 @@ import (
 	"bauta.dev/bauta/internal/policy"
 )
 
-// facts is what a policy depends on besides the options.
-type facts struct {
-	network  devices.Snapshot
-	attached []datapath.Attachment
-	ports    []uint16          // the external ones
-	nonMasq  []policy.Rule     // the ip-masq-agent list in force
-	nodes    []policy.NodeAddr // those of the nodes-file in force
-	kube     kubeFacts
-	noIPv6   bool // the kernel has no IPv6
-}
-
 // wanted is what options and facts amount to.
 type wanted struct {
 	mode           string // ModeBPF or ModeIPTables
