@@ -1,5 +1,6 @@
 // Package packet builds packets from nothing and checks their checksums: what a
-// test compares the data plane with. It shares no code and no idea with the code
+// test compares the data plane with, and what a question of `bauta explain` is put
+// to the program as. It shares no code and no idea with the code
 // under test: a checksum is always summed over everything that it covers (RFC
 // 1071), never corrected. A translated packet is a Packet with another address,
 // built again.
